@@ -1,0 +1,1 @@
+"""Turns tokens into tokens: requests, caches, sampling, text."""

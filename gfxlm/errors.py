@@ -1,0 +1,5 @@
+"""Errors whose message is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Bad input. The message says what is wrong and what to do; the command line exits with code 2."""

@@ -1,0 +1,202 @@
+"""What all decoder models share: embeddings, pre-norm layers, output head, caches, and the ragged forward pass."""
+
+from abc import abstractmethod
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from gfxlm.errors import UserError
+from gfxlm.nn.attention import Attention
+from gfxlm.nn.cache import Cache, KVCache, LayerCache, RecurrentCache
+from gfxlm.nn.context import Context
+from gfxlm.nn.delta_net import GatedDeltaNet
+from gfxlm.nn.linear import Embedding, Linear
+from gfxlm.nn.module import Module, ModuleList
+from gfxlm.nn.norm import RMSNorm
+from gfxlm.nn.rope import RoPE
+from gfxlm.ops.ragged import Slots, ragged
+from gfxlm.weights.safetensors_file import LazyTensor
+from gfxlm.weights.source import WeightSource
+
+Tensors = dict[str, LazyTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The fields that every family has. A family adds its own."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    rms_norm_eps: float
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """Take the known fields of a config in transformers 4's spelling. Raises UserError naming what is missing."""
+        known = {field.name: field for field in fields(cls)}
+        missing = [name for name, field in known.items() if field.default is MISSING and config.get(name) is None]
+        if missing:
+            raise UserError(f"config.json: {cls.__name__} needs {', '.join(missing)}")
+        return cls(**{name: config[name] for name in known if config.get(name) is not None})
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, as many as query heads where the config names none."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class DecoderLayer(Module):
+    """`h = x + mixer(norm(x)); y = h + mlp(norm(h))`. The mixer has the attribute name that the checkpoint gives it."""
+
+    def __init__(self, config: ModelConfig, mixer: Attention | GatedDeltaNet, mlp: Module) -> None:
+        super().__init__()
+        self.mixer_name = "self_attn" if isinstance(mixer, Attention) else "linear_attn"
+        self.add_module(self.mixer_name, mixer)
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def mixer(self) -> Attention | GatedDeltaNet:
+        """Attention or gated delta net."""
+        mixer = self.get_submodule(self.mixer_name)
+        assert isinstance(mixer, Attention | GatedDeltaNet)
+        return mixer
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache) -> Tensor:  # (N, hidden) -> (N, hidden)
+        x = x + self.mixer(self.input_layernorm(x), context, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(Module):
+    """Token embeddings, the layers, and the last norm."""
+
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], rope: RoPE) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = ModuleList(list(layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = rope
+
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Slots, cache: Cache) -> Tensor:
+        context = Context(positions, slots, *self.rope(positions))
+        x = self.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, context, layer_cache)
+        return self.norm(x)
+
+
+class CausalLM(Module):
+    """A decoder with an output head. A family says what its layers are and how foreign checkpoints are renamed."""
+
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
+
+    def __init__(self, config: ModelConfig, *, tied: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.tied = tied
+        layers = [self.make_layer(config, number) for number in range(config.num_hidden_layers)]
+        self.model = Decoder(config, layers, self.make_rope(config))
+        if not tied:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @staticmethod
+    @abstractmethod
+    def make_layer(config: Any, number: int) -> DecoderLayer:
+        """The decoder layer of that number."""
+
+    @staticmethod
+    def make_rope(config: Any) -> RoPE:
+        """The rotary embedding; families with partial rotation override it."""
+        return RoPE(config.head_size, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+    @staticmethod
+    def sanitize(tensors: Tensors, config: Any) -> Tensors:
+        """Rename and reshape a transformers checkpoint's tensors to MLX's; MLX's own pass unchanged."""
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+    @staticmethod
+    def router_quantization(path: str) -> tuple[int, int] | None:
+        """(group_size, bits) of a matrix that is never quantised as coarsely as the rest, None for all others."""
+        return None
+
+    @property
+    def layers(self) -> ModuleList:
+        """The decoder layers, as mlx-lm names them."""
+        return self.model.layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations."""
+        return self.model.norm.weight.dtype
+
+    def load(self, source: WeightSource, path: str = "") -> None:
+        super().load(source, path)
+        self.eval().requires_grad_(False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Slots, cache: Cache) -> Tensor:
+        """Run a flattened ragged batch: tokens and positions int64 (N,), caches updated in place.
+
+        Returns the normed hidden states (N, hidden_size): `logits` of the rows that need them is a product of its own.
+        Reads nothing back to the host and branches on no tensor's value.
+        """
+        hidden: Tensor = self.model(tokens, positions, slots, cache)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (..., hidden_size) to (..., vocab_size)."""
+        if self.tied:
+            return self.model.embed_tokens.as_linear(hidden)
+        scores: Tensor = self.lm_head(hidden)
+        return scores
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of sequences (B, T), as in mlx-lm. With a cache, the tokens continue what its slots hold."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: expected (B, T), got shape {tuple(tokens.shape)}")
+        batch, length = tokens.shape
+        if cache is None:
+            cache = self.make_cache(batch, length)
+        offsets = cache.lengths[:batch]
+        if max(offsets) + length > cache.max_context:
+            raise UserError(f"{max(offsets) + length} positions do not fit into a cache of {cache.max_context}")
+        positions, slots = ragged(range(batch), [length] * batch, offsets, self.device)
+        hidden = self.forward(tokens.flatten().long().to(self.device), positions, slots, cache)
+        cache.lengths[:batch] = [offset + length for offset in offsets]
+        return self.logits(hidden).view(batch, length, -1)
+
+    def make_cache(self, slots: int, max_context: int) -> Cache:
+        """Empty caches of fixed address for `slots` sequences of up to `max_context` positions."""
+        return Cache([self._layer_cache(layer, slots, max_context) for layer in self.layers], [0] * slots, max_context)
+
+    def _layer_cache(self, layer: nn.Module, slots: int, max_context: int) -> LayerCache:
+        assert isinstance(layer, DecoderLayer)
+        mixer = layer.mixer
+        if isinstance(mixer, Attention):
+            return KVCache.allocate(slots, max_context, mixer.kv_heads, mixer.head_dim, self.dtype, self.device)
+        return RecurrentCache(
+            torch.zeros(slots, mixer.kernel - 1, mixer.channels, dtype=self.dtype, device=self.device),
+            torch.zeros(slots, mixer.v_heads, mixer.v_dim, mixer.k_dim, device=self.device),
+        )

@@ -1,0 +1,60 @@
+"""From a checkpoint to a model in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gfxlm.errors import UserError
+from gfxlm.models import model_class
+from gfxlm.models.base import CausalLM, ModelConfig, Tensors
+from gfxlm.weights.checkpoint import Checkpoint
+from gfxlm.weights.config import QuantizationMap, config_dtype, normalized
+from gfxlm.weights.source import WeightSource, main_dtype
+
+
+def build(checkpoint: Checkpoint, overrides: dict[str, Any] | None = None) -> tuple[CausalLM, Tensors]:
+    """The model without weights, and the tensors in MLX's names. `overrides` are config entries that win."""
+    config = normalized(checkpoint.config | (overrides or {}))
+    if "model_file" in config:
+        raise UserError(
+            f"{checkpoint.folder}: needs its own Python code ({config['model_file']}), which gfxlm never runs"
+        )
+    family = model_class(config["model_type"])
+    args: ModelConfig = family.Config.from_dict(config)
+    tensors = family.sanitize(dict(checkpoint.tensors), args)
+    has_head = "lm_head.weight" in tensors
+    tied = args.tie_word_embeddings is True or not has_head
+    if tied and has_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+    return family(args, tied=tied), tensors
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    overrides: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> CausalLM:
+    """Build the model and read its weights onto `device`; `progress` is called with the bytes of each tensor read.
+
+    `dtype` is the type of activations, scales and biases; by default the checkpoint's own, except that a quantised
+    float16 checkpoint runs in bfloat16 on a CPU, whose int4 kernel is fast in that type alone.
+    Raises UserError where the checkpoint lacks a tensor, has one of the wrong shape, or one the model does not know.
+    """
+    device = torch.device(device)
+    model, tensors = build(checkpoint, overrides)
+    if dtype is None:
+        dtype = main_dtype(tensors) if tensors else config_dtype(checkpoint.config) or torch.bfloat16
+        quantised = any(name.endswith(".scales") for name in tensors)
+        if dtype == torch.float16 and quantised and device.type == "cpu":
+            dtype = torch.bfloat16
+    quantization = QuantizationMap.parse(checkpoint.config)
+    source = WeightSource(tensors, quantization, dtype=dtype, device=device, progress=progress)
+    model.load(source)
+    if untouched := source.untouched():
+        shown = ", ".join(untouched[:3]) + (f" and {len(untouched) - 3} more" if len(untouched) > 3 else "")
+        raise UserError(f"{checkpoint.folder}: tensors that {model.config.model_type} does not have: {shown}")
+    return model

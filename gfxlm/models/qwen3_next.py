@@ -1,0 +1,108 @@
+"""Qwen3-Next: three gated delta nets, then one gated attention, over 512 small experts and a shared one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors
+from gfxlm.models.experts import has_unstacked_experts, stack_experts
+from gfxlm.models.qwen3_moe import Qwen3MoeConfig
+from gfxlm.nn.attention import Attention
+from gfxlm.nn.delta_net import GatedDeltaNet
+from gfxlm.nn.mlp import GatedMLP, SparseMoE
+from gfxlm.nn.module import Module
+from gfxlm.nn.rope import RoPE
+
+_ZERO_CENTRED_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3NextConfig(Qwen3MoeConfig):
+    """Every `full_attention_interval`-th layer is full attention, the others are gated delta nets."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    shared_expert_intermediate_size: int
+    full_attention_interval: int = 4
+    partial_rotary_factor: float = 1.0
+
+
+class Qwen3Next(CausalLM):
+    """The Qwen3-Next family."""
+
+    Config: ClassVar[type[ModelConfig]] = Qwen3NextConfig
+
+    @staticmethod
+    def make_layer(config: Qwen3NextConfig, number: int) -> DecoderLayer:
+        full = (number + 1) % config.full_attention_interval == 0
+        return DecoderLayer(config, _attention(config) if full else _delta_net(config), _mlp(config, number))
+
+    @staticmethod
+    def make_rope(config: Qwen3NextConfig) -> RoPE:
+        dims = int(config.head_size * config.partial_rotary_factor)
+        return RoPE(dims, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+    @staticmethod
+    def sanitize(tensors: Tensors, config: Qwen3NextConfig) -> Tensors:
+        """transformers stores norms as w - 1 and convolutions as (C, 1, K); MLX has them ready to use."""
+        convolutions = (tensor for name, tensor in tensors.items() if name.endswith("conv1d.weight"))
+        if not has_unstacked_experts(tensors) and all(tensor.shape[-1] == 1 for tensor in convolutions):
+            return tensors
+        kept = {name: tensor for name, tensor in tensors.items() if "mtp." not in name}
+        for name, tensor in kept.items():
+            if name.endswith(_ZERO_CENTRED_NORMS):
+                kept[name] = tensor.map(lambda w: w + 1)
+            elif name.endswith("conv1d.weight") and tensor.shape[-1] != 1:
+                channels, _, kernel = tensor.shape
+                kept[name] = tensor.map(lambda w: w.movedim(2, 1).contiguous(), (channels, kernel, 1))
+        return stack_experts(CausalLM.sanitize(kept, config), config.num_experts)
+
+    @staticmethod
+    def router_quantization(path: str) -> tuple[int, int] | None:
+        return (64, 8) if path.endswith(("mlp.gate", "shared_expert_gate")) else None
+
+
+def _attention(config: Qwen3NextConfig) -> Attention:
+    return Attention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.kv_heads,
+        config.head_size,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        qk_norm_eps=config.rms_norm_eps,
+        gated=True,
+    )
+
+
+def _delta_net(config: Qwen3NextConfig) -> GatedDeltaNet:
+    return GatedDeltaNet(
+        config.hidden_size,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+        config.rms_norm_eps,
+    )
+
+
+def _mlp(config: Qwen3NextConfig, number: int) -> Module:
+    if not config.sparse(number):
+        return GatedMLP(config.hidden_size, config.intermediate_size)
+    return SparseMoE(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        normalize=config.norm_topk_prob,
+        shared_intermediate_size=config.shared_expert_intermediate_size,
+    )

@@ -1,0 +1,1 @@
+"""Modules that hold weights and call operations."""

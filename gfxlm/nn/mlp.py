@@ -1,0 +1,81 @@
+"""Feed-forward blocks: one gated MLP, or many of them behind a router."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gfxlm.nn.linear import Linear, MergedLinear
+from gfxlm.nn.module import Module, join
+from gfxlm.ops import expert_mlp, route, swiglu
+from gfxlm.weights.source import WeightSource
+from gfxlm.weights.weight import Weight
+
+
+class GatedMLP(Module):
+    """`down(silu(gate x) * up x)`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, hidden) -> (N, hidden)
+        return self.down_proj(swiglu(*self.gate_up_proj(x)))
+
+
+class SwitchGLU(Module):
+    """The gated MLPs of all experts, stacked."""
+
+    gate_up: Weight
+    down: Weight
+
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: int) -> None:
+        super().__init__()
+        self.hidden_size, self.intermediate_size, self.experts = hidden_size, intermediate_size, experts
+
+    def load(self, source: WeightSource, path: str = "") -> None:
+        gate_up = [join(path, "gate_proj"), join(path, "up_proj")]
+        self.gate_up = source.matrix(gate_up, [self.intermediate_size] * 2, self.hidden_size, self.experts)
+        self.down = source.matrix([join(path, "down_proj")], [self.hidden_size], self.intermediate_size, self.experts)
+
+    def matrices(self, path: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name in ("gate_proj", "up_proj"):
+            yield join(path, name), (self.experts, self.intermediate_size, self.hidden_size)
+        yield join(path, "down_proj"), (self.experts, self.hidden_size, self.intermediate_size)
+
+    def forward(self, x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:  # (N, hidden), (N, k), (N, k)
+        return expert_mlp(x, experts, scores, self.gate_up, self.down)
+
+
+class SparseMoE(Module):
+    """A router, its experts, and optionally a shared expert that every token passes, behind a sigmoid gate."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        experts: int,
+        top_k: int,
+        *,
+        normalize: bool,
+        shared_intermediate_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.normalize = normalize
+        self.gate = Linear(hidden_size, experts)
+        self.switch_mlp = SwitchGLU(hidden_size, intermediate_size, experts)
+        self.has_shared_expert = shared_intermediate_size is not None
+        if shared_intermediate_size is not None:
+            self.shared_expert = GatedMLP(hidden_size, shared_intermediate_size)
+            self.shared_expert_gate = Linear(hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, hidden) -> (N, hidden)
+        experts, scores = route(self.gate(x), self.top_k, normalize=self.normalize)
+        y = self.switch_mlp(x, experts, scores)
+        if self.has_shared_expert:
+            shared = torch.sigmoid(self.shared_expert_gate(x).float()) * self.shared_expert(x).float()
+            y = (y.float() + shared).to(x.dtype)
+        return y

@@ -1,0 +1,244 @@
+"""Attention with grouped queries: over given keys, and over the rows of a flattened batch with a KV cache.
+
+`reference` says what is meant; torch's fused kernel does the work, except where there are sinks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gfxlm.ops._common import widen
+from gfxlm.ops.ragged import Slots, Span
+
+# Up to this many query rows, the query heads that share a key head are laid out as rows of one head: the CPU
+# kernel then reads each key once, which is worth a factor of up to 16 for one row, and nothing from 32 on.
+_FOLDED_ROWS = 16
+# The reference holds at most this many scores at a time.
+_REFERENCE_SCORES = 1 << 24
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | str | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q kᵀ + mask) v, with the softmax in float32.
+
+    q is (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), with Hq a multiple of Hkv; the result is (B,
+    Hq, Tq, Dv) in the type they promote to. mask is None, "causal" (the last query sees the last key), or a
+    tensor that broadcasts to (B, Hq, Tq, Tk): boolean, True where a key is seen, or added to the scores.
+    sinks, (Hq,), is one more score per head that takes weight and gives no value. A query that sees no key
+    gives zeros.
+
+    ValueError if shapes do not fit, the types are not floating, mask is another string, or mask or sinks
+    would widen the result's type.
+    """
+    dtype = _check_qkv(q, k, v)
+    visible = _resolve_mask(q, k, mask, dtype)
+    if sinks is not None:
+        _check_sinks("scaled_dot_product_attention", sinks, q.shape[1], dtype)
+    causal = isinstance(mask, str) and q.shape[2] == k.shape[2]
+    return _attend(
+        q.to(dtype), k.to(dtype), v.to(dtype), scale=scale, mask=visible, causal=causal, sinks=sinks
+    )
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of the rows of a flattened batch over the caches of their sequences.
+
+    q is (N, Hq, D); k_cache (n_slots, max_context, Hkv, D) and v_cache (n_slots, max_context, Hkv, Dv)
+    already hold these rows' keys and values; the result is (N, Hq, Dv). The row at position p of its slot,
+    `positions` (N,), sees the keys j with j <= p, and p - window < j if there is a window. sinks are as in
+    `scaled_dot_product_attention`. A row that no span covers gives zeros.
+
+    ValueError if shapes or types do not fit or a span lies outside the batch or the caches.
+    """
+    _check_cached(q, k_cache, v_cache, positions, window, sinks)
+    out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[-1])
+    for span in slots.spans:
+        _check_span(span, q, k_cache)
+        rows = slice(span.start, span.stop)
+        count = span.stop - span.start
+        first = 0 if window is None else max(0, span.context - count - window + 1)
+        keys, values = (cache[span.slot, first : span.context] for cache in (k_cache, v_cache))  # (S, Hkv, D)
+        whole = count == span.context and (window is None or window >= count)
+        mask = None
+        if count > 1 and not whole:
+            mask = _seen(positions[rows], torch.arange(first, span.context, device=q.device), window)
+        out[rows] = _attend(
+            q[rows].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            scale=scale,
+            mask=mask,
+            causal=whole and count > 1,
+            sinks=sinks,
+        )[0].transpose(0, 1)
+    return out
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention as written. Shapes as in `scaled_dot_product_attention`; Tk > 0, mask None or 4-D.
+
+    The running maximum starts at the finite minimum, so that a row of -inf has weights of zero, not NaN.
+    """
+    kv_heads, rows = k.shape[1], q.shape[2]
+    scores = _unfold(_fold(widen(q) * scale, kv_heads) @ widen(k).mT, rows)  # (B, Hq, Tq, Tk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    sink = None if sinks is None else widen(sinks).view(-1, 1, 1)
+    if sink is not None:
+        peak = torch.maximum(peak, sink)
+    weights = (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - peak).exp()
+    weights = weights / total.masked_fill(total == 0, 1)
+    return _unfold(_fold(weights, kv_heads) @ widen(v), rows).to(q.dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, causal: bool, sinks: Tensor | None
+) -> Tensor:
+    """`reference`, the fastest way. `causal` stands for the mask of that name where Tq == Tk."""
+    rows, keys = q.shape[2], k.shape[2]
+    if rows == 0 or keys == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    if sinks is not None:
+        if causal:
+            mask = _seen(torch.arange(rows, device=q.device), torch.arange(keys, device=q.device), None)
+        return _reference_in_blocks(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    if causal or rows > _FOLDED_ROWS:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
+    if mask is not None:
+        mask = _fold(mask.expand(-1, q.shape[1], rows, -1), k.shape[1])
+    return _unfold(F.scaled_dot_product_attention(_fold(q, k.shape[1]), k, v, mask, scale=scale), rows)
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, Hq, T, n) to (B, Hkv, Hq / Hkv * T, n): the query heads of one key head as rows."""
+    return torch.unflatten(x, 1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _unfold(x: Tensor, rows: int) -> Tensor:
+    """The inverse of `_fold`, for T = rows."""
+    return torch.unflatten(x, 2, (-1, rows)).flatten(1, 2)
+
+
+def _reference_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    k, v = widen(k), widen(v)
+    step = max(1, _REFERENCE_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    blocks = []
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, start + step)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        blocks.append(reference(q[:, :, rows], k, v, scale=scale, mask=part, sinks=sinks))
+    return torch.cat(blocks, 2)
+
+
+def _seen(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which of the key positions each row's position sees, (1, 1, rows, keys)."""
+    position = positions.unsqueeze(-1)
+    seen = keys <= position
+    if window is not None:
+        seen = seen & (keys > position - window)
+    return seen[None, None]
+
+
+def _resolve_mask(q: Tensor, k: Tensor, mask: Tensor | str | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as a 4-D tensor, or None if every query sees every key or `causal` says it all."""
+    rows, keys = q.shape[2], k.shape[2]
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f"scaled_dot_product_attention: mask must be 'causal' or a tensor, got {mask!r}")
+        if rows == keys or rows == 1:
+            return None
+        ends = torch.arange(keys - rows, keys, device=q.device)
+        return _seen(ends, torch.arange(keys, device=q.device), None)
+    if mask is None:
+        return None
+    full = (*q.shape[:3], keys)
+    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(
+            f"scaled_dot_product_attention: mask {tuple(mask.shape)} does not broadcast to {full}, "
+            "which is (B, Hq, Tq, Tk)"
+        )
+    if mask.dtype != torch.bool and torch.promote_types(mask.dtype, dtype) != dtype:
+        raise ValueError(
+            f"scaled_dot_product_attention: mask of {mask.dtype} would widen the result's type {dtype}"
+        )
+    mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+    return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"scaled_dot_product_attention: q, k and v must have 4 dimensions, got {shapes}")
+    if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1:3] != v.shape[1:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"scaled_dot_product_attention: batch, key heads, lengths or head sizes differ: {shapes}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"scaled_dot_product_attention: q's heads must be a multiple of k's: {shapes}")
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"scaled_dot_product_attention: q, k and v must be floating, got {dtype}")
+    return dtype
+
+
+def _check_sinks(op: str, sinks: Tensor, heads: int, dtype: torch.dtype) -> None:
+    if sinks.shape != (heads,):
+        raise ValueError(f"{op}: sinks must have shape ({heads},), got {tuple(sinks.shape)}")
+    if torch.promote_types(sinks.dtype, dtype) != dtype:
+        raise ValueError(f"{op}: sinks of {sinks.dtype} would widen the result's type {dtype}")
+
+
+def _check_cached(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int | None, sinks: Tensor | None
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
+    if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"cached_attention: q must be (N, Hq, D) and the caches (slots, context, Hkv, D), got {shapes}"
+        )
+    if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
+        raise ValueError(
+            f"cached_attention: head sizes differ, or q's heads are no multiple of k_cache's: {shapes}"
+        )
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"cached_attention: types differ: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    if positions.shape != q.shape[:1]:
+        raise ValueError(f"cached_attention: positions must be ({q.shape[0]},), got {tuple(positions.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"cached_attention: window must be at least 1, got {window}")
+    if sinks is not None:
+        _check_sinks("cached_attention", sinks, q.shape[1], q.dtype)
+
+
+def _check_span(span: Span, q: Tensor, cache: Tensor) -> None:
+    in_batch = 0 <= span.start <= span.stop <= q.shape[0]
+    in_cache = 0 <= span.slot < cache.shape[0] and span.stop - span.start <= span.context <= cache.shape[1]
+    if not (in_batch and in_cache):
+        raise ValueError(
+            f"cached_attention: {span} is outside q {tuple(q.shape)} or the cache {tuple(cache.shape)}"
+        )

@@ -1,0 +1,109 @@
+"""Writing a window of a tensor, MLX's functional way."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gfxlm.ops._common import as_signed, normalize_axis, sign_bit
+
+_REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "prod": torch.mul,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+def slice_update(
+    a: Tensor,
+    update: Tensor,
+    start_indices: Tensor | Sequence[int] | int,
+    axes: Sequence[int] | int,
+    reduce: str | None = None,
+) -> Tensor:
+    """A copy of `a` with `update` written at `start_indices` along `axes`; `a` itself is untouched.
+
+    Axes that are not named start at 0. The window has the shape of `update`; leading axes that `update` lacks
+    are filled whole, or with one entry if they are named. `update` is cast to a's type. `reduce` is None
+    (replace), "sum", "prod", "max" or "min" of old and new: integers wrap around, bool is or/and, NaN wins
+    max and min.
+
+    ValueError if an argument does not fit, or a start puts the window outside `a`. Starts in a tensor on an
+    accelerator are never read back; the nearest window that fits is written.
+    """
+    if reduce is not None and reduce not in _REDUCE:
+        raise ValueError(f"slice_update: reduce must be None or one of {', '.join(_REDUCE)}, got {reduce!r}")
+    named = _axes(axes, a.ndim)
+    shape = _window_shape(a, update, named)
+    update = as_signed(update.to(a.device, a.dtype).expand(shape))
+    out = a.clone()
+    target = as_signed(out)
+    if isinstance(start_indices, Tensor) and start_indices.device.type != "cpu":
+        index = _index_on_device(a, shape, _starts(start_indices, named), named)
+        target[index] = _combine(target[index], update, reduce, sign_bit(a.dtype))
+        return out
+    for axis, start in zip(named, _starts(start_indices, named).tolist(), strict=True):
+        if not 0 <= start <= a.shape[axis] - shape[axis]:
+            raise ValueError(
+                f"slice_update: {shape[axis]} entries from {start} do not fit axis {axis} of {tuple(a.shape)}"
+            )
+        target = target.narrow(axis, start, shape[axis])
+    target = target[tuple(slice(size) for size in shape)]
+    target.copy_(_combine(target, update, reduce, sign_bit(a.dtype)))
+    return out
+
+
+def _combine(old: Tensor, new: Tensor, reduce: str | None, flip: int) -> Tensor:
+    if reduce is None:
+        return new
+    if flip and reduce in ("max", "min"):
+        return _REDUCE[reduce](old ^ flip, new ^ flip) ^ flip
+    return _REDUCE[reduce](old, new)
+
+
+def _axes(axes: Sequence[int] | int, ndim: int) -> list[int]:
+    named = [
+        normalize_axis("slice_update", axis, ndim) for axis in ([axes] if isinstance(axes, int) else axes)
+    ]
+    if len(set(named)) != len(named):
+        raise ValueError(f"slice_update: axes names a dimension twice: {tuple(named)}")
+    return named
+
+
+def _starts(start_indices: Tensor | Sequence[int] | int, named: list[int]) -> Tensor:
+    """The start of every named axis, (len(named),), where start_indices lives."""
+    starts = torch.as_tensor(start_indices)
+    if starts.numel() == 0:
+        starts = starts.to(torch.int64)
+    if starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool:
+        raise ValueError(f"slice_update: start_indices must be integers, got {starts.dtype}")
+    if starts.ndim > 1 or starts.numel() != len(named):
+        raise ValueError(
+            f"slice_update: start_indices must be ({len(named)},), one per axis, got {tuple(starts.shape)}"
+        )
+    return starts.to(torch.int64).reshape(-1)
+
+
+def _window_shape(a: Tensor, update: Tensor, named: list[int]) -> list[int]:
+    """MLX's rule: a missing leading axis is whole unless named; the update's own axes keep their size."""
+    missing = a.ndim - update.ndim
+    if missing < 0:
+        raise ValueError(
+            f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(a.shape)}"
+        )
+    shape = [1 if axis in named else size for axis, size in enumerate(a.shape[:missing])] + list(update.shape)
+    if any(size > limit for size, limit in zip(shape, a.shape, strict=True)):
+        raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than a {tuple(a.shape)}")
+    return shape
+
+
+def _index_on_device(a: Tensor, shape: list[int], starts: Tensor, named: list[int]) -> tuple[Tensor, ...]:
+    """One index tensor per axis that together make the window, its starts clamped so that it lies in `a`."""
+    index = []
+    for axis, size in enumerate(shape):
+        entries = torch.arange(size, device=a.device)
+        if axis in named:
+            entries = entries + starts[named.index(axis)].clamp(0, a.shape[axis] - size)
+        index.append(entries.view([-1 if other == axis else 1 for other in range(a.ndim)]))
+    return tuple(index)

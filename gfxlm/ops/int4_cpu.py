@@ -1,0 +1,168 @@
+"""PyTorch's packed int4 matrix product on the CPU, as a home for MLX's affine codes of any width.
+
+PyTorch reads a weight as `scale * (nibble - 8) + zero`. Codes of up to 4 bits are one plane of nibbles; wider ones are
+two, the low nibbles and the high ones, whose products add up. Rows are packed in blocks: for every column, a byte holds
+a row of the block's lower half in its low nibble and one of the upper half in its high nibble.
+Only the bfloat16 kernel is vectorised, so only bfloat16 weights live here.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Above this many rows, expanding the weight once and multiplying densely is faster.
+_DENSE_ROWS = 384
+_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """An affine matrix (N, K), or a stack of them (E, N, K), as one or two planes of nibbles, the low one first."""
+
+    planes: tuple[Tensor, ...]  # uint8 (..., N, K / 2)
+    scales_and_zeros: tuple[Tensor, ...]  # bfloat16 (..., K / group_size, N, 2), one a plane
+    biases: Tensor  # bfloat16 (..., N, K / group_size): MLX's own, which the zeros only approximate
+    group_size: int
+    bits: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors occupy."""
+        return self.biases.nbytes + sum(t.nbytes for t in (*self.planes, *self.scales_and_zeros))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, (N, K) or (E, N, K)."""
+        return (*self.planes[0].shape[:-1], self.planes[0].shape[-1] * 2)
+
+    def matrix(self, index: int) -> "Int4Weight":
+        """One matrix of a stack, as views."""
+        return Int4Weight(
+            tuple(plane[index] for plane in self.planes),
+            tuple(pair[index] for pair in self.scales_and_zeros),
+            self.biases[index],
+            self.group_size,
+            self.bits,
+        )
+
+
+@cache
+def _block_rows() -> int:
+    """Rows in a block of the packed layout on this CPU, 0 where the layout is not the one described above."""
+    for rows in {"AVX512": (64,), "AVX2": (32,)}.get(torch.backends.cpu.get_cpu_capability(), ()):
+        codes = (torch.arange(128 * 32).reshape(128, 32).mul(7) >> 3).bitwise_and(15).to(torch.uint8)
+        if torch.equal(_unpack(_pack(codes), rows), codes):
+            return rows
+    return 0
+
+
+def int4_applies(rows: int, columns: int, group_size: int, dtype: torch.dtype) -> bool:
+    """True where this CPU's int4 kernel can hold an affine (rows, columns) matrix and is fast."""
+    block = _block_rows()
+    return bool(
+        block
+        and dtype == torch.bfloat16
+        and group_size in _GROUP_SIZES
+        and rows % block == 0
+        and columns % group_size == 0
+    )
+
+
+def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bits: int) -> Int4Weight:
+    """Pack codes uint8 (..., N, K) of `bits` bits with bfloat16 scales and biases (..., N, K / group_size)."""
+    shift = _centring_shift(bits)
+    nibbles = (codes + shift,) if bits <= 4 else (codes & 15, (codes >> 4) + shift)
+    steps = (scales,) if bits <= 4 else (scales, 16 * scales)
+    # The top plane carries the offset: the codes are centred, so what is rounded to bfloat16 here is small.
+    offset = biases.float() + (1 << (bits - 1)) * scales.float()
+    offsets = (offset,) if bits <= 4 else (torch.zeros_like(offset), offset + 8 * scales.float())
+    return Int4Weight(
+        tuple(_pack(plane) for plane in nibbles),
+        tuple(torch.stack((s.mT, z.to(s.dtype).mT), -1).contiguous() for s, z in zip(steps, offsets, strict=True)),
+        biases.contiguous(),
+        group_size,
+        bits,
+    )
+
+
+def _centring_shift(bits: int) -> int:
+    """What is added to the top plane's nibbles, so that the middle of the codes meets the 8 that PyTorch subtracts."""
+    return 8 - (1 << (bits - 1 if bits <= 4 else bits - 5))
+
+
+def _pack(codes: Tensor) -> Tensor:
+    if codes.ndim > 2:
+        return torch.stack([_pack(matrix) for matrix in codes])
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    return packed
+
+
+def _unpack(packed: Tensor, block: int) -> Tensor:
+    """The nibbles: uint8 (..., N, K / 2) to (..., N, K)."""
+    lanes = packed.reshape(*packed.shape[:-2], -1, packed.shape[-1] * 2, block // 2)  # (..., N / block, K, block / 2)
+    blocks = torch.cat((lanes & 15, lanes >> 4), dim=-1).mT  # (..., N / block, block, K)
+    return blocks.flatten(-3, -2).contiguous()
+
+
+def _join(nibbles: list[Tensor], bits: int) -> Tensor:
+    """The codes that were split into planes of nibbles, in place."""
+    top = nibbles[-1].sub_(_centring_shift(bits))
+    return top if len(nibbles) == 1 else (top << 4).bitwise_or_(nibbles[0])
+
+
+def int4_codes(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """What was packed: codes uint8 (..., N, K), scales and biases (..., N, K / group_size)."""
+    codes = _join([_unpack(plane, _block_rows()) for plane in weight.planes], weight.bits)
+    return codes, weight.scales_and_zeros[0][..., 0].mT.contiguous(), weight.biases
+
+
+def int4_rows(weight: Int4Weight, rows: Tensor) -> Tensor:
+    """Dequantised rows of one matrix, bfloat16 (*rows.shape, K): an embedding look-up."""
+    half = _block_rows() // 2
+    block, lane = rows // (2 * half), rows % (2 * half)
+    high = (lane >= half)[..., None]
+
+    def nibbles(plane: Tensor) -> Tensor:
+        pairs = plane.view(-1, weight.shape[-1], half)[block, :, lane % half]  # (*rows.shape, K)
+        return torch.where(high, pairs >> 4, pairs & 15)
+
+    codes = _join([nibbles(plane) for plane in weight.planes], weight.bits).unflatten(-1, (-1, weight.group_size))
+    scales = weight.scales_and_zeros[0][:, rows, 0].movedim(0, -1)
+    return torch.addcmul(weight.biases[rows][..., None], codes, scales[..., None]).flatten(-2)
+
+
+def int4_dense(weight: Int4Weight) -> Tensor:
+    """One matrix dequantised and transposed, bfloat16 (K, N): the order in which the packed layout is read fastest."""
+    (n, columns), block = weight.shape, _block_rows()
+
+    def nibbles(plane: Tensor) -> Tensor:
+        lanes = plane.view(n // block, columns, block // 2).transpose(0, 1)
+        out = torch.empty(columns, n // block, block, dtype=torch.uint8)
+        torch.bitwise_and(lanes, 15, out=out[..., : block // 2])
+        torch.bitwise_right_shift(lanes, 4, out=out[..., block // 2 :])
+        return out
+
+    codes = _join([nibbles(plane) for plane in weight.planes], weight.bits).view(-1, weight.group_size, n)
+    scales, biases = weight.scales_and_zeros[0][..., 0], weight.biases.mT
+    return torch.addcmul(biases[:, None], codes, scales[:, None]).view(columns, n)
+
+
+def int4_matmul(x: Tensor, weight: Int4Weight) -> Tensor:
+    """`x @ w.T` for one matrix: bfloat16 (..., K) to (..., N)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] > _DENSE_ROWS:
+        out = flat @ int4_dense(weight)
+    else:
+        out = _plane_matmul(flat.contiguous(), weight, 0)
+        if len(weight.planes) == 2:
+            out += _plane_matmul(flat.contiguous(), weight, 1)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _plane_matmul(x: Tensor, weight: Int4Weight, plane: int) -> Tensor:
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x, weight.planes[plane], weight.group_size, weight.scales_and_zeros[plane]
+    )
+    return product

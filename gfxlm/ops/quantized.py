@@ -1,0 +1,296 @@
+"""MLX's quantised operations: quantize, dequantize, quantized_matmul, gather_mm, gather_qmm."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E2M1_MAX, _E4M3_MAX = 6.0, 448.0
+
+
+def quantize(
+    w: Tensor,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    *,
+    global_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Quantise groups of `group_size` neighbours along the last axis, with MLX's own algorithm.
+
+    `w` is (..., K) floating, ndim >= 2. Returns `(w_q, scales, biases)` for affine, `(w_q, scales)` otherwise:
+    w_q uint32 (..., K * bits / 32); scales and biases (..., K / group_size), in w's dtype for affine, uint8 otherwise.
+    `global_scale`, nvfp4 only, is the float32 maximum that the group scales are relative to.
+    """
+    q = Quantization.resolve(group_size, bits, mode)
+    if not w.is_floating_point():
+        raise ValueError(f"w: only floating types can be quantised, got {w.dtype}")
+    if w.ndim < 2 or w.shape[-1] % q.group_size:
+        raise ValueError(
+            f"w: needs 2 dimensions or more and a last one divisible by {q.group_size}, got {tuple(w.shape)}"
+        )
+    _check_global_scale(q, global_scale)
+    groups = w.unflatten(-1, (-1, q.group_size))  # (..., G, group_size)
+    if q.affine:
+        codes, scales, biases = _affine_codes(groups.float(), q.bits)
+        return pack_codes(codes.flatten(-2), q.bits), scales.to(w.dtype), biases.to(w.dtype)
+    codes, scales = _float_codes(groups, q, global_scale)
+    return pack_codes(codes.flatten(-2), q.bits), scales
+
+
+def _affine_codes(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (..., G, group_size), scale and bias (..., G), so that the larger edge and zero come out exact."""
+    n_bins = (1 << bits) - 1
+    low, high = groups.amin(-1), groups.amax(-1)
+    from_low = low.abs() > high.abs()
+    scale = ((high - low) / n_bins).clamp(min=1e-7)
+    scale = torch.where(from_low, scale, -scale)
+    edge = torch.where(from_low, low, high)
+    steps = torch.round(edge / scale)
+    exact = steps != 0
+    scale = torch.where(exact, edge / steps, scale)
+    bias = torch.where(exact, edge, 0.0)
+    codes = torch.round((groups - bias[..., None]) / scale[..., None]).clamp(0, n_bins)
+    return codes.to(torch.uint8), scale, bias
+
+
+def _float_codes(groups: Tensor, q: Quantization, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """E2M1 or E4M3 codes (..., G, group_size) and their uint8 scales (..., G). Rounds where MLX does: in w's dtype."""
+    scale = groups.abs().amax(-1) / torch.tensor(_E2M1_MAX if q.bits == 4 else _E4M3_MAX, dtype=groups.dtype)
+    if q.mode == "nvfp4":
+        encode = torch.ones(()) if global_scale is None else _E4M3_MAX * _E2M1_MAX / global_scale.float()
+        stored = _to_e4m3(scale * encode)
+        # A group of zeros has scale 0: 0 / 0 has no nearest code, and its code is 0.
+        scaled = torch.nan_to_num(
+            groups / stored.to(groups.dtype)[..., None] * encode, nan=0.0, posinf=torch.inf, neginf=-torch.inf
+        )
+        scales = stored.view(torch.uint8)
+    else:
+        exponent = torch.where(scale == 0, 0.0, torch.ceil(torch.log2(scale.float())))
+        scaled = groups / torch.exp2(exponent)[..., None]
+        scales = (exponent.int() + 127).clamp(0, 255).to(torch.uint8)
+    if q.bits == 8:
+        return _to_e4m3(scaled).view(torch.uint8), scales
+    return _nearest_e2m1(scaled), scales
+
+
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """The code of the nearest E2M1 value, the first one of MLX's table where two are equally near."""
+    table = torch.tensor(_E2M1, dtype=x.dtype, device=x.device)
+    best = torch.full_like(x, torch.inf)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for code in range(16):
+        distance = (x - table[code]).abs()
+        nearer = distance < best
+        best = torch.where(nearer, distance, best)
+        codes.masked_fill_(nearer, code)
+    return codes
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    """Round to E4M3, saturating: torch's own conversion turns what is out of range into NaN."""
+    return x.float().clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def dequantize(
+    w: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    global_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The matrix that the codes stand for: uint32 (..., K * bits / 32) to (..., K).
+
+    Rounded once. `dtype` defaults to the scales' for affine, bfloat16 otherwise.
+    """
+    q = Quantization.resolve(group_size, bits, mode)
+    _check_triple(w, scales, biases, q)
+    _check_global_scale(q, global_scale)
+    codes = unpack_codes(w, q.bits).unflatten(-1, (-1, q.group_size))  # (..., G, group_size)
+    if q.affine:
+        assert biases is not None
+        out_dtype = dtype or scales.dtype
+        return torch.addcmul(biases.float()[..., None], codes, scales.float()[..., None]).flatten(-2).to(out_dtype)
+    values = _code_values(codes, q) * decode_scales(scales, q)[..., None]
+    if global_scale is not None:
+        values = values * _align(global_scale.float() / (_E4M3_MAX * _E2M1_MAX), values)
+    return values.flatten(-2).to(dtype or torch.bfloat16)
+
+
+def _align(per_matrix: Tensor, values: Tensor) -> Tensor:
+    """Append axes until a scalar, or one number a matrix, broadcasts over the values."""
+    return per_matrix.reshape(per_matrix.shape + (1,) * (values.ndim - per_matrix.ndim))
+
+
+def _code_values(codes: Tensor, q: Quantization) -> Tensor:
+    if q.bits == 8:
+        return codes.view(torch.float8_e4m3fn).float()
+    return torch.tensor(_E2M1, device=codes.device)[codes.int()]
+
+
+def decode_scales(scales: Tensor, q: Quantization) -> Tensor:
+    """The float32 value of uint8 group scales: E4M3 for nvfp4, otherwise the power of two `2 ** (s - 127)`."""
+    if q.mode == "nvfp4":
+        return scales.view(torch.float8_e4m3fn).float()
+    # The exponent field of a float32; s = 0 stands for 2**-127, a subnormal.
+    return torch.where(scales == 0, 1 << 22, scales.int() << 23).view(torch.float32)
+
+
+def quantized_matmul(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    transpose: bool = True,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+) -> Tensor:
+    """`x @ w.T` (or `x @ w`) with a quantised `w`.
+
+    x (..., M, K); w packed (..., N, K * bits / 32), or (..., K, N * bits / 32) with `transpose=False`; batch axes
+    broadcast. Result (..., M, N) in the type x, scales and biases promote to (affine), or x's.
+    """
+    q = Quantization.resolve(group_size, bits, mode)
+    _check_triple(w, scales, biases, q)
+    dtype = _result_dtype(x, scales, biases, q)
+    matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
+    inner = matrix.shape[-1 if transpose else -2]
+    if x.shape[-1] != inner:
+        raise ValueError(
+            f"x: last dimension {x.shape[-1]} does not match the {inner} of w "
+            f"(x {tuple(x.shape)}, w {tuple(w.shape)}, bits {q.bits}, transpose {transpose})"
+        )
+    return x.to(dtype) @ (matrix.mT if transpose else matrix)
+
+
+def gather_mm(
+    a: Tensor,
+    b: Tensor,
+    lhs_indices: Tensor | None = None,
+    rhs_indices: Tensor | None = None,
+    *,
+    sorted_indices: bool = False,
+) -> Tensor:
+    """Products of matrices picked by index: `a[lhs_indices] @ b[rhs_indices]`.
+
+    a (..., M, K) and b (..., K, N); indices are flat over their batch axes and broadcast against each other; result
+    (*indices, M, N). Raises IndexError for an index out of range. `sorted_indices` is a hint that is not needed here.
+    """
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a, b: inner dimensions differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return _gather(a.to(dtype), b.to(dtype), b.shape[-1], lhs_indices, rhs_indices, lambda matrix, _: matrix)
+
+
+def gather_qmm(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    lhs_indices: Tensor | None = None,
+    rhs_indices: Tensor | None = None,
+    transpose: bool = True,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    global_scale: Tensor | None = None,
+    *,
+    sorted_indices: bool = False,
+) -> Tensor:
+    """`gather_mm` with a quantised right side, of which only the matrices that are asked for are dequantised.
+
+    x (..., M, K); w packed (..., N, K * bits / 32), or (..., K, N * bits / 32) with `transpose=False`; result
+    (*indices, M, N). Raises IndexError for an index out of range.
+    """
+    q = Quantization.resolve(group_size, bits, mode)
+    _check_triple(w, scales, biases, q)
+    _check_global_scale(q, global_scale)
+    dtype = _result_dtype(x, scales, biases, q)
+    columns = w.shape[-1] * 32 // q.bits
+    inner, outer = (columns, w.shape[-2]) if transpose else (w.shape[-2], columns)
+    if x.shape[-1] != inner:
+        raise ValueError(f"x: last dimension {x.shape[-1]} does not match the {inner} of w ({tuple(w.shape)})")
+    flat_scales = scales.reshape(-1, *scales.shape[-2:])
+    flat_biases = None if biases is None else biases.reshape(-1, *biases.shape[-2:])
+    flat_global = None if global_scale is None else global_scale.expand(w.shape[:-2]).reshape(-1)
+
+    def expert_matrix(packed: Tensor, e: int) -> Tensor:
+        matrix = dequantize(
+            packed,
+            flat_scales[e],
+            None if flat_biases is None else flat_biases[e],
+            q.group_size,
+            q.bits,
+            q.mode,
+            None if flat_global is None else flat_global[e],
+            dtype,
+        )
+        return matrix.mT if transpose else matrix
+
+    return _gather(x.to(dtype), w, outer, lhs_indices, rhs_indices, expert_matrix)
+
+
+def _gather(
+    a: Tensor,
+    b: Tensor,
+    columns: int,
+    lhs_indices: Tensor | None,
+    rhs_indices: Tensor | None,
+    matrix_of: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Visit every matrix of b that is asked for once, and multiply all the rows of a that ask for it."""
+    lhs, rhs = torch.broadcast_tensors(_flat_indices("lhs", lhs_indices, a), _flat_indices("rhs", rhs_indices, b))
+    flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    wanted, chosen = rhs.flatten(), lhs.flatten()
+    out = torch.empty(wanted.numel(), a.shape[-2], columns, dtype=a.dtype, device=a.device)
+    for e in wanted.unique().tolist():
+        rows = (wanted == e).nonzero().squeeze(-1)
+        out[rows] = flat_a[chosen[rows]] @ matrix_of(flat_b[e], e)
+    return out.reshape(*rhs.shape, a.shape[-2], columns)
+
+
+def _flat_indices(side: str, indices: Tensor | None, operand: Tensor) -> Tensor:
+    batch = operand.shape[:-2]
+    if indices is None:
+        return torch.arange(batch.numel(), device=operand.device).reshape(batch)
+    indices = indices.long()
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < batch.numel()):
+        raise IndexError(f"{side}_indices: values must lie in [0, {batch.numel()}), the batch axes are {tuple(batch)}")
+    return indices
+
+
+def _result_dtype(x: Tensor, scales: Tensor, biases: Tensor | None, q: Quantization) -> torch.dtype:
+    if not x.is_floating_point():
+        raise ValueError(f"x: must be floating, got {x.dtype}")
+    if not q.affine:
+        return x.dtype
+    assert biases is not None
+    return torch.promote_types(x.dtype, torch.promote_types(scales.dtype, biases.dtype))
+
+
+def _check_triple(w: Tensor, scales: Tensor, biases: Tensor | None, q: Quantization) -> None:
+    if w.dtype != torch.uint32:
+        raise ValueError(f"w: must be packed uint32, got {w.dtype}")
+    if q.affine != (biases is not None):
+        raise ValueError(f"biases: mode {q.mode!r} {'needs them' if q.affine else 'has none'}")
+    if biases is not None and biases.shape != scales.shape:
+        raise ValueError(f"biases: shape {tuple(biases.shape)} differs from the scales' {tuple(scales.shape)}")
+    if not q.affine and scales.dtype != torch.uint8:
+        raise ValueError(f"scales: mode {q.mode!r} stores them as uint8, got {scales.dtype}")
+    if w.ndim < 2 or w.shape[:-1] != scales.shape[:-1] or w.shape[-1] * 32 != scales.shape[-1] * q.group_size * q.bits:
+        raise ValueError(
+            f"scales: shape {tuple(scales.shape)} does not match w {tuple(w.shape)} "
+            f"with group_size {q.group_size} and bits {q.bits}"
+        )
+
+
+def _check_global_scale(q: Quantization, global_scale: Tensor | None) -> None:
+    if global_scale is not None and q.mode != "nvfp4":
+        raise ValueError(f"global_scale: only mode 'nvfp4' has one, not {q.mode!r}")

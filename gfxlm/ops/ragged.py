@@ -1,0 +1,50 @@
+"""The flattened ragged batch: the tokens of several sequences laid end to end, with no padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence's tokens in a flattened batch, in plain host integers.
+
+    `start:stop` are its rows in the batch, `slot` is its place in every cache, and `context` is how many
+    positions it has once these rows are in, so the rows sit at positions `context - (stop - start)` onwards.
+    """
+
+    slot: int
+    start: int
+    stop: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Which cache slot every row of a flattened batch belongs to.
+
+    `index` is the slot of each row, on the device, int64 (N,). `spans` says the same once more in host integers,
+    which the scheduler knows anyway: nobody ever reads `index` back.
+    """
+
+    index: Tensor
+    spans: tuple[Span, ...]
+
+
+def ragged(
+    slots: Sequence[int], lengths: Sequence[int], offsets: Sequence[int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Slots]:
+    """Lay out sequences end to end: `lengths[i]` new tokens for `slots[i]`, which already holds `offsets[i]`.
+
+    Returns the positions, int64 (N,), and the `Slots` that `model.forward(tokens, positions, slots, cache)` takes.
+    """
+    spans = []
+    start = 0
+    for slot, length, offset in zip(slots, lengths, offsets, strict=True):
+        spans.append(Span(slot, start, start + length, offset + length))
+        start += length
+    index = [span.slot for span in spans for _ in range(span.start, span.stop)]
+    positions = [p for span in spans for p in range(span.context - (span.stop - span.start), span.context)]
+    return torch.tensor(positions, device=device), Slots(torch.tensor(index, device=device), tuple(spans))

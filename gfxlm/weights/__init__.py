@@ -1,0 +1,1 @@
+"""Checkpoints in and out, and the one resident copy of every matrix."""

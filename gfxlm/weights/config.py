@@ -1,0 +1,127 @@
+"""config.json: both spellings that transformers has used, and MLX's quantization map."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gfxlm.errors import UserError
+from gfxlm.ops.formats import MODES, Quantization
+
+Config = dict[str, Any]
+_TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def read_json(path: Path) -> Config:
+    """A JSON object from a file. Raises UserError with the place where the text is not JSON."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_untag_float)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _untag_float(value: Config) -> Any:
+    """Undo `{"__float__": "Infinity"}`, which keeps non-finite numbers inside valid JSON."""
+    tag = value.get("__float__")
+    return _TAGGED_FLOATS[tag] if set(value) == {"__float__"} and tag in _TAGGED_FLOATS else value
+
+
+def read_config(folder: Path) -> Config:
+    """A model folder's config.json, with the end-of-text ids of generation_config.json, which win in mlx-lm too."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a model folder (no config.json in it)")
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path}: no model_type")
+    eos = read_generation_config(folder).get("eos_token_id")
+    return config if eos is None else {**config, "eos_token_id": eos}
+
+
+def read_generation_config(folder: Path) -> Config:
+    """generation_config.json, or an empty object where there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def normalized(config: Config) -> Config:
+    """The config in transformers 4's flat spelling, whichever of the two it was written in."""
+    flat = dict(config)
+    rope = flat.pop("rope_parameters", None)
+    if isinstance(rope, dict):
+        rest = dict(rope)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rest:
+                flat.setdefault(key, rest.pop(key))
+        if rest.get("rope_type", "default") != "default":
+            flat.setdefault("rope_scaling", rest)
+    if "num_local_experts" in flat:
+        flat.setdefault("num_experts", flat["num_local_experts"])
+    return flat
+
+
+def config_dtype(config: Config) -> torch.dtype | None:
+    """The float type the config names, None where it names none."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationMap:
+    """The `quantization` entry of a config: overrides by module path; everything else is read off the shapes."""
+
+    overrides: Mapping[str, Quantization]
+
+    @classmethod
+    def parse(cls, config: Config) -> "QuantizationMap":
+        """Read `quantization`, or `quantization_config` as MLX writes it. Raises UserError for a foreign format."""
+        entry = config.get("quantization") or config.get("quantization_config") or {}
+        if "quant_method" in entry and "group_size" not in entry:
+            raise UserError(
+                f"quantised with {entry['quant_method']!r}, which is not an MLX format; convert the unquantised model "
+                "with `gfxlm convert -q` instead"
+            )
+        return cls({path: _override(path, value) for path, value in entry.items() if isinstance(value, dict)})
+
+    def of(self, path: str, columns: int, words: int, groups: int, scales_dtype: torch.dtype) -> Quantization:
+        """How the matrix at `path` with `columns` inputs is stored, from its own entry or from its shapes.
+
+        `words` and `groups` are the last dimensions of its weight and scales. Raises UserError on contradiction.
+        """
+        found = self.overrides.get(path) or self._inferred(path, columns, words, groups, scales_dtype)
+        if found.packed_columns(columns) != words or groups * found.group_size != columns:
+            raise UserError(
+                f"{path}: {found.bits} bits in groups of {found.group_size} contradict the shapes: {columns} inputs in "
+                f"{words} words with {groups} scales"
+            )
+        return found
+
+    @staticmethod
+    def _inferred(path: str, columns: int, words: int, groups: int, scales_dtype: torch.dtype) -> Quantization:
+        group_size, bits = columns // max(groups, 1), words * 32 // columns
+        modes = MODES[1:] if scales_dtype == torch.uint8 else MODES[:1]
+        for mode in modes:
+            try:
+                return Quantization.resolve(group_size, bits, mode)
+            except ValueError:
+                continue
+        raise UserError(
+            f"{path}: {bits} bits in groups of {group_size} with {scales_dtype} scales is no format that MLX has"
+        )
+
+
+def _override(path: str, value: Config) -> Quantization:
+    # A missing mode means affine whatever the global mode is; a null group size means the mode's default.
+    try:
+        return Quantization.resolve(value.get("group_size"), value.get("bits"), value.get("mode", "affine"))
+    except ValueError as error:
+        raise UserError(f"config.json: quantization of {path}: {error}") from error

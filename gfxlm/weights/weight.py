@@ -1,0 +1,165 @@
+"""The one resident copy of a matrix, in whatever layout its device likes, behind one small interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
+from gfxlm.ops.int4_cpu import Int4Weight, int4_applies, int4_codes, int4_matmul, int4_pack, int4_rows
+from gfxlm.ops.quantized import dequantize, quantized_matmul
+
+MlxTriple = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Weight(ABC):
+    """A matrix (N, K), or a stack of them (E, N, K), that can be multiplied with."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, whatever the layout."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """`x @ w.T`: (..., K) to (..., N), in x's dtype. Not for a stack."""
+
+    @abstractmethod
+    def matrix(self, index: int) -> "Weight":
+        """One matrix of a stack, without a copy."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows by index, (*indices.shape, K). Not for a stack."""
+
+
+class DenseWeight(Weight):
+    """An unquantised matrix."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensor)
+
+    def matrix(self, index: int) -> "DenseWeight":
+        return DenseWeight(self.tensor[index])
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.tensor)
+
+
+class PackedWeight(Weight):
+    """A quantised matrix. On a CPU with a fast int4 kernel it lives in that kernel's layout, else as MLX stores it."""
+
+    def __init__(self, layout: MlxTriple | Int4Weight, quantization: Quantization, dtype: torch.dtype) -> None:
+        self._layout = layout
+        self.quantization = quantization
+        self.dtype = dtype
+
+    @classmethod
+    def from_mlx(
+        cls, w: Tensor, scales: Tensor, biases: Tensor | None, quantization: Quantization, dtype: torch.dtype
+    ) -> "PackedWeight":
+        """Take over MLX's (weight, scales, biases) and lay them out for their device.
+
+        `dtype` is the type the weight is computed in; affine scales and biases are cast to it.
+        """
+        q = quantization
+        if q.affine:
+            assert biases is not None
+            scales, biases = scales.to(dtype), biases.to(dtype)
+            columns = scales.shape[-1] * q.group_size
+            if w.device.type == "cpu" and int4_applies(w.shape[-2], columns, q.group_size, dtype):
+                return cls(int4_pack(unpack_codes(w, q.bits), scales, biases, q.group_size, q.bits), q, dtype)
+        return cls((w, scales, biases), q, dtype)
+
+    def to_mlx(self) -> MlxTriple:
+        """This weight as MLX's (weight, scales, biases); biases is None for the float modes."""
+        if not isinstance(self._layout, Int4Weight):
+            return self._layout
+        codes, scales, biases = int4_codes(self._layout)
+        return pack_codes(codes, self.quantization.bits), scales, biases
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self._layout, Int4Weight):
+            return self._layout.shape
+        w, scales, _ = self._layout
+        return (*w.shape[:-1], scales.shape[-1] * self.quantization.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self._layout, Int4Weight):
+            return self._layout.nbytes
+        return sum(t.nbytes for t in self._layout if t is not None)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if isinstance(self._layout, Int4Weight):
+            return int4_matmul(x, self._layout)
+        q = self.quantization
+        return quantized_matmul(x, *self._layout, group_size=q.group_size, bits=q.bits, mode=q.mode)
+
+    def matrix(self, index: int) -> "PackedWeight":
+        if isinstance(self._layout, Int4Weight):
+            return PackedWeight(self._layout.matrix(index), self.quantization, self.dtype)
+        return PackedWeight(self._select(torch.tensor(index)), self.quantization, self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        if isinstance(self._layout, Int4Weight):
+            return int4_rows(self._layout, indices)
+        return self._dequantize(self._select(indices))
+
+    def dequantize(self) -> Tensor:
+        """The dense matrix, in the weight's dtype."""
+        return self._dequantize(self.to_mlx())
+
+    def _select(self, indices: Tensor) -> MlxTriple:
+        w, scales, biases = self._layout  # type: ignore[misc]
+        # uint32 has no gather in torch: its bits are gathered as int32.
+        picked = w.view(torch.int32)[indices].view(torch.uint32)
+        return picked, scales[indices], None if biases is None else biases[indices]
+
+    def _dequantize(self, triple: MlxTriple) -> Tensor:
+        q = self.quantization
+        return dequantize(*triple, q.group_size, q.bits, q.mode, dtype=self.dtype)
+
+
+class MergedWeight(Weight):
+    """Blocks of rows that act as one matrix although their formats differ."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, _, columns = self.parts[0].shape
+        return (*stack, sum(part.shape[-2] for part in self.parts), columns)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.cat([part.matmul(x) for part in self.parts], dim=-1)
+
+    def matrix(self, index: int) -> "MergedWeight":
+        return MergedWeight([part.matrix(index) for part in self.parts])
+
+    def rows(self, indices: Tensor) -> Tensor:
+        raise NotImplementedError("a merged weight has no row look-up: embeddings are never merged")

@@ -1,0 +1,275 @@
+"""Train the built-in model: a small Qwen3-Next that writes Python, as a Hugging Face checkpoint in bf16.
+
+    python tools/train_builtin.py --corpus Python-3.13.0.tar.xz --out DIR
+
+`--corpus` is CPython's source archive or an installed standard library (lib/python3.13). Everything that decides
+the result is in `Recipe`; each of its fields is an option too. The last part of the training sees its weights
+through MLX's 4-bit quantisation, so that the converted model loses little.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fast_qwen3_next import make_fast
+from stdlib_corpus import END_OF_TEXT, Document, read_corpus, train_tokenizer
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GROUP_SIZE = 64
+EVALUATE_EVERY = 500  # steps
+EIGHT_BIT = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")  # MLX keeps the routers of this family finer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    vocab_size: int = 6144
+    hidden_size: int = 384
+    layers: int = 8
+    experts: int = 8
+    library_repeats: int = 2  # per epoch; the library's own tests come once
+    test_repeats: int = 1
+    sequence_length: int = 2048
+    batch: int = 16
+    steps: int = 8000
+    warmup: int = 200
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    quantised_share: float = 0.25  # of the steps, at the end
+    seed: int = 0
+
+
+def model_config(recipe: Recipe) -> Qwen3NextConfig:
+    return Qwen3NextConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=4 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.hidden_size // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        num_experts=recipe.experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        max_position_embeddings=recipe.sequence_length,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="bfloat16",
+    )
+
+
+def fake_quantise(weights: Tensor, bits: int) -> Tensor:
+    """What MLX's affine quantisation (groups of 64) makes of `weights`, a flat fp32 tensor."""
+    groups = weights.bfloat16().float().view(-1, GROUP_SIZE)  # the checkpoint is bf16
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    levels = 2**bits - 1
+    from_low = low.abs() > high.abs()
+    scale = ((high - low) / levels).clamp_min(1e-7)
+    scale = torch.where(from_low, scale, -scale)
+    edge = torch.where(from_low, low, high)
+    edge_code = (edge / scale).round()  # the larger edge becomes exact, and so does zero
+    scale = torch.where(edge_code != 0, edge / edge_code, scale)
+    bias = torch.where(edge_code != 0, edge, 0.0)
+    codes = ((groups - bias) / scale).round().clamp(0, levels)
+    return (codes * scale.bfloat16().float() + bias.bfloat16().float()).view(-1)
+
+
+class MasterWeights:
+    """The fp32 originals of some bf16 parameters, as one flat tensor; the parameters become views of another."""
+
+    def __init__(self, parameters: list[nn.Parameter], bits: int | None) -> None:
+        self.parameters, self.bits = parameters, bits
+        self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
+        self.compute = self.flat.detach().bfloat16()
+        for p, view in zip(parameters, self.compute.split([p.numel() for p in parameters]), strict=True):
+            p.data = view.view_as(p)
+
+    def publish(self, quantised: bool) -> None:
+        with torch.no_grad():
+            seen = fake_quantise(self.flat, self.bits) if quantised and self.bits else self.flat
+            self.compute.copy_(seen)
+
+    def collect_gradients(self) -> None:
+        """A quantised weight's gradient goes straight through to its original."""
+        self.flat.grad = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).float()
+        for p in self.parameters:
+            p.grad = None
+
+
+def master_weights(model: nn.Module) -> list[MasterWeights]:
+    """Three groups: 4-bit and 8-bit matrices, and what stays as it is (norms, convolutions, decays)."""
+    groups: dict[int | None, list[nn.Parameter]] = {4: [], 8: [], None: []}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and "conv1d" not in name
+        groups[8 if name.endswith(EIGHT_BIT) else 4 if matrix else None].append(parameter)
+    return [MasterWeights(parameters, bits) for bits, parameters in groups.items()]
+
+
+def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[Tensor]:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encodings = tokenizer.encode_batch([document.text for document in documents])
+    return [torch.tensor([*encoding.ids, end]) for encoding in encodings]
+
+
+def training_batches(documents: list[Tensor], recipe: Recipe) -> Iterator[Tensor]:
+    """Endless (batch, sequence_length + 1) windows; each epoch packs the documents in a new order."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    window = recipe.sequence_length + 1
+    while True:
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        stream = torch.cat([documents[i] for i in order])
+        stream = stream[int(torch.randint(window, (), generator=generator)) :]
+        windows = stream[: len(stream) // window * window].view(-1, window)
+        shuffled = windows[torch.randperm(len(windows), generator=generator)]
+        yield from shuffled[: len(shuffled) // recipe.batch * recipe.batch].to(DEVICE).split(recipe.batch)
+
+
+@torch.compile
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    logits = (hidden @ head.T).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def loss_of(model: Qwen3NextForCausalLM, windows: Tensor) -> Tensor:
+    """Mean nats per token; windows (B, T + 1), T a multiple of 64."""
+    hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+    return cross_entropy(hidden, model.lm_head.weight, windows[:, 1:])
+
+
+@torch.no_grad()
+def held_out_loss(model: Qwen3NextForCausalLM, documents: list[Tensor], recipe: Recipe) -> float:
+    """Mean nats per token over the whole windows of the held-out text."""
+    window = recipe.sequence_length + 1
+    stream = torch.cat(documents).to(DEVICE)
+    windows = stream[: len(stream) // window * window].view(-1, window)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        total = sum(loss_of(model, part).item() * len(part) for part in windows.split(recipe.batch))
+    model.train()
+    return total / len(windows)
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    return min((step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.steps - recipe.warmup), 1.0)
+
+
+def train(
+    model: Qwen3NextForCausalLM, texts: list[Tensor], held_out: dict[str, list[Tensor]], recipe: Recipe
+) -> dict[str, float]:
+    """Train in place; the model ends with unquantised bf16 weights. Returns the held-out losses."""
+    groups = master_weights(model)
+    optimiser = torch.optim.AdamW(
+        [{"params": [g.flat], "weight_decay": recipe.weight_decay if g.bits else 0.0} for g in groups],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, recipe))
+
+    def evaluate() -> dict[str, float]:
+        losses = {}
+        for quantised in (False, True):
+            for group in groups:
+                group.publish(quantised)
+            for name, documents in held_out.items():
+                losses[f"{name} {'4-bit' if quantised else 'bf16'}"] = held_out_loss(model, documents, recipe)
+        return losses
+
+    model.train()
+    batches = training_batches(texts, recipe)
+    started = time.perf_counter()
+    for step in range(recipe.steps):
+        if step and step % EVALUATE_EVERY == 0:
+            print(step, json.dumps(evaluate()), flush=True)
+        for group in groups:
+            group.publish(quantised=step >= (1 - recipe.quantised_share) * recipe.steps)
+        loss = loss_of(model, next(batches))
+        loss.backward()
+        for group in groups:
+            group.collect_gradients()
+        nn.utils.clip_grad_norm_([group.flat for group in groups], 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"{step} loss {loss.item():.4f} seconds {time.perf_counter() - started:.1f}", flush=True)
+    losses = evaluate()
+    for group in groups:
+        group.publish(quantised=False)
+    return losses
+
+
+def save(model: Qwen3NextForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """An ordinary checkpoint, its config in both the newer and the older spelling."""
+    weights = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+    model.save_pretrained(out, state_dict=weights)
+    tokenizer.save(str(out / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_position_embeddings,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    config = json.loads((out / "config.json").read_text())
+    rope = config["rope_parameters"]
+    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")}
+    config |= dict.fromkeys(("num_experts", "num_local_experts"), model.config.num_experts)
+    config |= {"full_attention_interval": 4}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="CPython's source archive or lib/python3.x")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    for field in fields(Recipe):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    options = vars(parser.parse_args())
+    corpus, out = options.pop("corpus"), options.pop("out")
+    recipe = Recipe(**options)
+
+    documents = read_corpus(corpus)
+    read = [d for d in documents if not d.is_held_out]
+    texts = [d for d in read for _ in range(recipe.test_repeats if d.is_test else recipe.library_repeats)]
+    held_out = {name: [d for d in documents if d.is_held_out and d.is_test == is_test]
+                for name, is_test in (("library", False), ("tests", True))}
+    tokenizer = train_tokenizer((d.text for d in texts), recipe.vocab_size)
+
+    torch.manual_seed(recipe.seed)
+    torch.set_float32_matmul_precision("highest")
+    model = Qwen3NextForCausalLM(model_config(recipe)).to(DEVICE)
+    make_fast(model, recipe.dropout)
+    torch.set_float32_matmul_precision("high")
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = encode(tokenizer, texts)
+    print(f"{parameters / 1e6:.2f} M parameters, {sum(map(len, tokens)) / 1e6:.2f} M tokens an epoch", flush=True)
+
+    losses = train(model, tokens, {name: encode(tokenizer, ds) for name, ds in held_out.items()}, recipe)
+    save(model, tokenizer, out)
+    perplexities = {name: math.exp(loss) for name, loss in losses.items()}
+    report = {"recipe": asdict(recipe), "parameters": parameters, "held_out_perplexity": perplexities,
+              "held_out_files": [d.path for d in documents if d.is_held_out]}
+    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(perplexities), flush=True)
+
+
+if __name__ == "__main__":
+    main()
