@@ -47,7 +47,7 @@ class StreamingDetokenizer:
 
     def _emit(self, end: int) -> str:
         segment = self._text[self._emitted : end]
-        self._emitted = max(self._emitted, end)
+        self._emitted = end
         return segment
 
     def _settled(self) -> int:
@@ -55,7 +55,7 @@ class StreamingDetokenizer:
         if not self._text.endswith(_REPLACEMENT):
             self._whole = len(self._window)
             return len(self._text)
-        if len(self._window) - self._whole < _MAX_UNFINISHED:
+        if len(self._window) - self._whole <= _MAX_UNFINISHED:
             return self._emitted
         # Too many tokens for one character: there are invalid bytes, and only the last may yet be completed.
         valid = len(self._text.rstrip(_REPLACEMENT))

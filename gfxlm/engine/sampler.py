@@ -284,7 +284,7 @@ class Sampler:
         length = self._length[slots, None]  # (R, 1)
         place = torch.arange(self.max_context, device=slots.device)
         age = (length - 1 - place) % self.max_context  # (R, H)
-        return torch.where(age < context_size.minimum(length), self._history[slots], -1)
+        return torch.where(age < context_size, self._history[slots], -1)
 
     def _draw(self, logprobs: Tensor, slots: Tensor, positions: Tensor, row: dict[str, Tensor]) -> Tensor:
         """A sample of each row's filtered distribution, (R,), by the Gumbel-max trick."""

@@ -111,6 +111,7 @@ class CausalLM(Module):
         super().__init__()
         self.config = config
         self.tied = tied
+        self.generation_config: dict[str, Any] = {}
         layers = [self.make_layer(config, number) for number in range(config.num_hidden_layers)]
         self.model = Decoder(config, layers, self.make_rope(config))
         if not tied:

@@ -67,6 +67,18 @@ class Cache:
             for tensor in ((layer.keys, layer.values) if isinstance(layer, KVCache) else (layer.conv, layer.state))
         )
 
+    def copy_slot(self, slot: int, source: "Cache", source_slot: int) -> None:
+        """Make `slot` continue what another cache's slot holds."""
+        length = source.lengths[source_slot]
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            if isinstance(mine, KVCache) and isinstance(theirs, KVCache):
+                mine.keys[slot, :length] = theirs.keys[source_slot, :length]
+                mine.values[slot, :length] = theirs.values[source_slot, :length]
+            elif isinstance(mine, RecurrentCache) and isinstance(theirs, RecurrentCache):
+                mine.conv[slot] = theirs.conv[source_slot]
+                mine.state[slot] = theirs.state[source_slot]
+        self.lengths[slot] = length
+
     @property
     def trimmable(self) -> bool:
         """True where positions can be forgotten from the end: a recurrent state cannot be wound back."""

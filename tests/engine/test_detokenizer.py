@@ -19,6 +19,10 @@ WORDS = st.lists(st.sampled_from([" the", "dog", "日本", "😀", "👩‍👩�
     "".join
 )
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["<unk>", "<s>", *BYTES, "▁", "▁the", "▁dog", "s", "日", "o", "▁▁"]
+SPACE, THE, S, UNKNOWN = PIECES.index("▁"), PIECES.index("▁the"), PIECES.index("s"), 999
+
 
 @cache
 def byte_level() -> tokenizers.Tokenizer:
@@ -37,19 +41,7 @@ def byte_level() -> tokenizers.Tokenizer:
 @cache
 def sentence_piece() -> tokenizers.Tokenizer:
     """Pieces with U+2581 for a space, one token per byte for the rest, and a decoder as Llama 2 has it."""
-    pieces = [
-        "<unk>",
-        "<s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        "▁the",
-        "▁dog",
-        "s",
-        "日",
-        "o",
-        "▁▁",
-    ]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    vocabulary = {piece: i for i, piece in enumerate(PIECES)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -81,7 +73,7 @@ def whole(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> str:
 
 def bytes_as_tokens(data: bytes, tokenizer: tokenizers.Tokenizer) -> list[int]:
     if tokenizer is sentence_piece():
-        return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in data]
+        return [tokenizer.token_to_id(BYTES[byte]) for byte in data]
     # ByteLevel writes a byte as its Latin-1 letter where that is printable, else as one from U+0100 onwards.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -119,10 +111,10 @@ class TestByteLevel:
     def test_invalid_bytes_are_not_held_back_for_ever(self):
         detokenizer = StreamingDetokenizer(byte_level())
         out = ""
-        for n, token in enumerate(bytes_as_tokens(b"\xff" * 50, byte_level()), start=1):
+        for n, token in enumerate(bytes_as_tokens(b"\xff" * 200, byte_level()), start=1):
             out += detokenizer.add(token)
             assert n - 3 <= len(out) <= n
-        assert out + detokenizer.finish() == "\ufffd" * 50
+        assert out + detokenizer.finish() == "\ufffd" * 200
 
     def test_a_replacement_character_that_was_meant(self):
         ids = byte_level().encode("a\ufffdb\ufffd").ids
@@ -157,6 +149,8 @@ class TestSentencePiece:
         assert not any("\ufffd" in part for part in parts)
 
     @given(st.lists(st.integers(256, 320), max_size=120))
+    @example([S, *[UNKNOWN] * 40, THE])
+    @example([*[UNKNOWN] * 40, SPACE, THE])
     def test_any_pieces_and_unknown_ids(self, ids):
         assert "".join(segments(sentence_piece(), ids)) == whole(sentence_piece(), ids)
 

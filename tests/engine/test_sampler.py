@@ -1,4 +1,3 @@
-import json
 import math
 from functools import partial
 
@@ -13,9 +12,8 @@ from gfxlm.engine import sampler as sampling
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.sampler import Features, Sampler
 from gfxlm.errors import UserError
-from gfxlm.sample_utils import make_logits_processors, make_sampler
+from tests.engine.sampling_oracle import PENALTIES, V, chain_of_mlx, kept, logits_of_mlx, random_logprobs
 
-V = 97
 ALL = SamplingParams(
     temperature=0.8,
     top_p=0.9,
@@ -34,14 +32,6 @@ ALL = SamplingParams(
 )
 
 
-def random_logprobs(rows: int = 64, vocab_size: int = V, spread: float = 3.0) -> Tensor:
-    return torch.log_softmax(torch.randn(rows, vocab_size) * spread, dim=1)
-
-
-def kept(filtered: Tensor | mx.array) -> np.ndarray:
-    return np.asarray(filtered.tolist()) > -np.inf
-
-
 def in_order(logprobs: Tensor, keep, special: Tensor | None = None) -> Tensor:
     """Apply one of our filters, which want descending rows, and put the result back in vocabulary order."""
     values, tokens = logprobs.sort(dim=1, descending=True)
@@ -51,18 +41,6 @@ def in_order(logprobs: Tensor, keep, special: Tensor | None = None) -> Tensor:
 
 def column(value: float) -> Tensor:
     return torch.tensor([[value]])
-
-
-def chain_of_mlx(logprobs: Tensor, params: SamplingParams) -> mx.array:
-    """mlx-lm's filters one after the other, as its make_sampler does, with XTC's coin always heads."""
-    x = mx.array(logprobs.numpy())
-    if 0 < params.top_p < 1:
-        x = mlx_sampling.apply_top_p(x, params.top_p)
-    if params.min_p:
-        x = mlx_sampling.apply_min_p(x, params.min_p, params.min_tokens_to_keep)
-    if params.xtc_probability:
-        x = mlx_sampling.apply_xtc(x, 1.0, params.xtc_threshold, list(params.xtc_special_tokens))
-    return mlx_sampling.apply_top_k(x, params.top_k) if params.top_k else x
 
 
 def draws(params: SamplingParams, logits: Tensor, n: int) -> np.ndarray:
@@ -84,6 +62,19 @@ class TestFiltersKeepWhatMlxKeeps:
         clear = ((mass - top_p).abs() > 1e-6).all(dim=1).numpy()
         assert clear.mean() > 0.9
         np.testing.assert_array_equal(kept(ours)[clear], kept(theirs)[clear])
+
+    def test_top_p_met_exactly(self):
+        logprobs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log2() * math.log(2)
+        ours = sampling.keep_top_p(logprobs, column(0.5))
+        theirs = mlx_sampling.apply_top_p(mx.array(logprobs.numpy()), 0.5)
+        assert kept(ours).tolist() == kept(theirs).tolist() == [[True, False, False, False]]
+
+    def test_top_p_of_the_likeliest_alone(self):
+        # The rest counts although it is not there: no sum is made one again.
+        logprobs = random_logprobs(spread=0.3).sort(dim=1, descending=True)[0]
+        every, some = (sampling.keep_top_p(logprobs[:, :width], column(0.35)) for width in (V, 40))
+        np.testing.assert_array_equal(kept(every)[:, :40], kept(some))
+        assert not kept(some)[:, -1].any()
 
     @pytest.mark.parametrize("min_tokens_to_keep", [1, 5, V])
     @pytest.mark.parametrize("min_p", [0.001, 0.05, 0.5, 1.0])
@@ -197,7 +188,7 @@ class TestDistribution:
         torch.manual_seed(1)
         assert run() == first != second
 
-    @pytest.mark.parametrize("temperature", [1e-6, 1e-5])
+    @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6, 1e-5])
     def test_a_tiny_temperature_is_greedy(self, temperature):
         logits = torch.tensor([1.0, 3.0, 2.99, -400.0])
         counts = draws(SamplingParams(temperature=temperature), logits, 100)
@@ -205,43 +196,7 @@ class TestDistribution:
 
 
 class TestLogitsProcessors:
-    SETTINGS = (
-        {"logit_bias": {3: 1.5, 7: -100.0, 0: 0.25}},
-        {"repetition_penalty": 1.7},
-        {"repetition_penalty": 0.5, "repetition_context_size": 3},
-        {"presence_penalty": 0.7, "presence_context_size": 5},
-        {"presence_penalty": -0.7},
-        {"frequency_penalty": 0.3, "frequency_context_size": 9},
-        {
-            "logit_bias": {1: -2.0},
-            "repetition_penalty": 1.2,
-            "repetition_context_size": 4,
-            "presence_penalty": 0.5,
-            "presence_context_size": 6,
-            "frequency_penalty": 0.25,
-            "frequency_context_size": 2,
-        },
-        {"repetition_penalty": 0.0, "presence_penalty": 0.0, "frequency_penalty": None},
-    )
-
-    @staticmethod
-    def mlx_logits(settings: dict, tokens: list[int], logits: Tensor) -> np.ndarray:
-        out = mx.array(logits.numpy())
-        for processor in mlx_sampling.make_logits_processors(**settings):
-            out = processor(mx.array(tokens), out)
-        return np.array(out)
-
-    @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-    def test_make_logits_processors(self, settings):
-        logits = torch.randn(1, 16)
-        for tokens in ([2], [1, 1, 3, 7, 1, 15, 2, 2, 0, 1, 9, 9]):
-            ours = logits
-            for processor in make_logits_processors(**settings):
-                ours = processor(torch.tensor(tokens), ours)
-            expected = self.mlx_logits(settings, tokens, logits)
-            torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
-
-    @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+    @pytest.mark.parametrize("settings", PENALTIES, ids=str)
     @pytest.mark.parametrize("prompt_length", [0, 3, 30])
     def test_sampler_over_many_steps(self, settings, prompt_length):
         # The ring of 20 tokens goes round more than once; slot 1 must not see what slot 2 does.
@@ -251,7 +206,7 @@ class TestLogitsProcessors:
         sampler.set(2, SamplingParams(**settings), [5, 5, 5])
         for step in range(40):
             logits = torch.randn(2, 16)
-            expected = self.mlx_logits(settings, tokens, logits[:1])[0].astype(np.float64)
+            expected = logits_of_mlx(settings, tokens, logits[:1])[0].astype(np.float64)
             expected -= np.log(np.exp(expected).sum())
             chosen, logprobs = sampler.sample(logits, torch.tensor([1, 2]), torch.tensor([step, step]))
             np.testing.assert_allclose(logprobs[0].numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -264,12 +219,6 @@ class TestLogitsProcessors:
         logits = torch.tensor([[0.0, 0.0, 50.0, 0.0]]).expand(100, -1)
         tokens, _ = sampler.sample(logits, torch.zeros(100, dtype=torch.int64), torch.arange(100))
         assert set(tokens.tolist()) == {0, 1, 3}
-
-    def test_half_precision_logits_keep_their_type(self):
-        (processor,) = make_logits_processors(frequency_penalty=0.5)
-        out = processor(torch.tensor([1, 1]), torch.zeros(1, 4, dtype=torch.bfloat16))
-        assert out.dtype == torch.bfloat16
-        assert out.tolist() == [[0.0, -1.0, 0.0, 0.0]]
 
 
 class TestSampler:
@@ -440,122 +389,3 @@ class TestSampler:
             assert torch.equal(tokens, expected_tokens)
             assert torch.equal(logprobs, expected_logprobs)
             positions += 1
-
-
-class TestMakeSampler:
-    def test_temperature_zero_is_the_argmax(self):
-        logprobs = random_logprobs()
-        assert make_sampler()(logprobs).tolist() == logprobs.argmax(1).tolist()
-
-    def test_the_stream_moves_on_and_can_be_had_again(self):
-        logprobs = random_logprobs(3)
-        first = make_sampler(1.5, top_p=0.9, seed=3)
-        calls = [first(logprobs).tolist() for _ in range(20)]
-        again = make_sampler(1.5, top_p=0.9, seed=3)
-        assert calls == [again(logprobs).tolist() for _ in range(20)]
-        assert len({tuple(call) for call in calls}) > 10
-        torch.manual_seed(3)
-        from_torch = make_sampler(1.5, top_p=0.9)
-        assert calls == [from_torch(logprobs).tolist() for _ in range(20)]
-
-    def test_rows_are_independent(self):
-        tokens = make_sampler(1.0, seed=0)(torch.zeros(2000, 10))
-        counts = np.bincount(tokens.numpy(), minlength=10)
-        assert ((counts - 200) ** 2 / 200).sum() < 9 + 4 * math.sqrt(18)
-
-    def test_every_option_reaches_the_filters(self):
-        options = {
-            "top_p": 0.97,
-            "min_p": 0.001,
-            "min_tokens_to_keep": 2,
-            "top_k": 5,
-            "xtc_probability": 1.0,
-            "xtc_threshold": 0.07,
-            "xtc_special_tokens": [2],
-        }
-        logprobs = random_logprobs(1, 24, 1.5)
-        tokens = make_sampler(5.0, **options)(logprobs.expand(3000, -1))
-        expected = kept(chain_of_mlx(logprobs, SamplingParams(**options)))[0]
-        assert set(tokens.tolist()) == set(np.flatnonzero(expected).tolist())
-
-    def test_bad_values(self):
-        with pytest.raises(UserError, match=r"top_p must be a number from 0 to 1, but is 1\.5"):
-            make_sampler(0.7, top_p=1.5)
-        with pytest.raises(UserError, match="repetition_penalty must be a number of at least 0, but is -1"):
-            make_logits_processors(repetition_penalty=-1)
-
-
-class TestParams:
-    @pytest.mark.parametrize(
-        ("name", "value", "wanted"),
-        [
-            ("temperature", -0.1, "a number of at least 0"),
-            ("temperature", math.nan, "a number of at least 0"),
-            ("temperature", math.inf, "a number of at least 0"),
-            ("temperature", "hot", "a number of at least 0"),
-            ("top_p", 1.1, "a number from 0 to 1"),
-            ("min_p", -1, "a number from 0 to 1"),
-            ("top_k", -1, "an integer of at least 0"),
-            ("top_k", 2.0, "an integer of at least 0"),
-            ("min_tokens_to_keep", 0, "an integer of at least 1"),
-            ("xtc_probability", 2, "a number from 0 to 1"),
-            ("xtc_threshold", 0.6, "a number from 0 to 0.5"),
-            ("repetition_penalty", -1.0, "a number of at least 0"),
-            ("presence_penalty", math.inf, "a finite number"),
-            ("frequency_context_size", 0, "an integer of at least 1"),
-            ("seed", 2**64, "an integer from"),
-            ("seed", True, "an integer from"),
-            ("max_tokens", 0, "an integer of at least 1"),
-            ("max_tokens", -2, "an integer of at least 1"),
-        ],
-    )
-    def test_out_of_range(self, name, value, wanted):
-        with pytest.raises(UserError) as caught:
-            SamplingParams(**{name: value})
-        assert str(caught.value).startswith(f"{name} must be {wanted}")
-        assert str(caught.value).endswith(f"but is {value!r}")
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"stop": ["a", ""]}, "stop must be strings that are not empty, but holds ''"),
-            ({"stop": [1]}, "stop must be strings that are not empty, but holds 1"),
-            ({"logit_bias": {"5": 1.0}}, "logit_bias token must be an integer of at least 0, but is '5'"),
-            ({"logit_bias": {5: math.nan}}, r"logit_bias\[5\] must be a finite number, but is nan"),
-            ({"logit_bias": {5: math.inf}}, r"logit_bias\[5\] must be a finite number, but is inf"),
-            ({"xtc_special_tokens": [-1]}, "xtc_special_tokens must be an integer of at least 0, but is -1"),
-        ],
-    )
-    def test_bad_collections(self, settings, message):
-        with pytest.raises(UserError, match=message):
-            SamplingParams(**settings)
-
-    def test_one_stop_string_and_copies(self):
-        bias = {1: 2.0}
-        params = SamplingParams(stop="END", logit_bias=bias, max_tokens=-1, seed=2**64 - 1)
-        bias[2] = 3.0
-        assert params.stop == ("END",)
-        assert params.logit_bias == {1: 2.0}
-        hash(params)
-
-    def test_generation_config(self):
-        text = '{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2]}'
-        config = json.loads(text)
-        params = SamplingParams.from_generation_config(config)
-        assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
-        overridden = SamplingParams.from_generation_config(config, temperature=0.0, top_k=None, max_tokens=5)
-        assert overridden == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, max_tokens=5)
-
-    @pytest.mark.parametrize(
-        ("config", "temperature"),
-        [
-            ({}, 0.0),
-            ({"temperature": 0.6}, 0.0),
-            ({"do_sample": False, "temperature": 0.6}, 0.0),
-            ({"do_sample": True}, 1.0),
-            ({"do_sample": True, "temperature": None, "top_p": None}, 1.0),
-            ({"do_sample": True, "temperature": 0}, 0.0),
-        ],
-    )
-    def test_only_do_sample_samples(self, config, temperature):
-        assert SamplingParams.from_generation_config(config) == SamplingParams(temperature=temperature)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from gfxlm.engine.stopping import StopStrings
 
-TEXT = st.text(alphabet="abé😀", max_size=30)
-STOPS = st.lists(st.text(alphabet="abé😀", min_size=1, max_size=5), max_size=4)
+TEXT = st.text(alphabet="ab😀", max_size=30)
+STOPS = st.lists(st.text(alphabet="ab😀", min_size=1, max_size=5), max_size=4)
 
 
 def naive(text: str, stops: list[str]) -> tuple[str, bool]:
@@ -34,7 +34,8 @@ def stream(stopper: StopStrings, segments: list[str]) -> tuple[str, bool]:
 @example("aab", ["ab"], [1, 2])
 @example("abab", ["bb", "abb"], [1, 2, 3])
 @example("aaaab", ["aaab", "b"], [2])
-@example("abcabd", ["abd"], [1, 2, 3, 4, 5])
+@example("aaba", ["aaba", "ab"], [])
+@example("ababb", ["abb"], [1, 2, 3, 4])
 def test_any_segments_give_what_the_whole_text_gives(text, stops, cuts):
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     segments = [text[start:end] for start, end in pairwise(borders)]

@@ -47,8 +47,8 @@ def test_rms_norm_is_mlx(x_type: torch.dtype, w_type: torch.dtype | None, shape:
     out = ops.rms_norm(x, weight, 1e-3)
     expected = to_torch(mx.fast.rms_norm(to_mlx(x), None if weight is None else to_mlx(weight), 1e-3))
     assert out.dtype == expected.dtype
-    # MLX adds up the 4099 squares one by one, so it is good to 2e-6 itself; the float64 test below is sharper.
-    torch.testing.assert_close(out, expected, rtol=4 * rounding(out.dtype) + 2e-6, atol=1e-6)
+    # MLX adds up 4099 squares one by one and is off by up to 3e-6 itself; the float64 test below is sharp.
+    torch.testing.assert_close(out, expected, rtol=4 * rounding(out.dtype) + 5e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("x_type", FLOAT_TYPES)

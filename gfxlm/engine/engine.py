@@ -1,0 +1,214 @@
+"""Many requests over one model: each step feeds prompts in chunks and every running request its last token."""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gfxlm.engine.diagnose import first_nan_module
+from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.sampler import Sampler
+from gfxlm.errors import UserError
+from gfxlm.models.base import CausalLM
+from gfxlm.nn.cache import Cache
+from gfxlm.ops.ragged import Slots, ragged
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class TokenSampler(Protocol):
+    """What the engine asks of a sampler: `gfxlm.engine.sampler.Sampler`, or one that calls the user's functions."""
+
+    def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt and what has become of it."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    slot: int = -1
+    prefilled: int = 0  # prompt tokens that are in the cache
+    tokens: list[int] = field(default_factory=list)
+    logprobs: Tensor | None = None  # (V,) of the last token, where the params ask for them
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    prefix: Cache | None = None  # a cache of one slot that holds what comes before the prompt
+    keep_cache: bool = False
+    cache: Cache | None = None  # of one slot, with everything up to the last token, where `keep_cache` asked for it
+
+    @property
+    def pending(self) -> Sequence[int]:
+        """Tokens that the model has not seen yet: the rest of the prompt, or the last token."""
+        return self.prompt[self.prefilled :] or self.tokens[-1:]
+
+
+class Engine:
+    """Continuous batching over one model and one cache of fixed address.
+
+    `max_batch` requests run at once, each with up to `max_context` positions; the others wait in the order they came.
+    A `cache` from outside is continued: a request begins with what its slot holds, and leaves its own tokens there.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        eos_token_ids: Collection[int] = (),
+        max_batch: int = 1,
+        max_context: int | None = None,
+        prefill_step_size: int = 2048,
+        cache: Cache | None = None,
+        sampler: TokenSampler | None = None,
+    ) -> None:
+        if prefill_step_size < 1:
+            raise UserError(f"prefill_step_size must be at least 1, but is {prefill_step_size}")
+        self.model = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.prefill_step_size = prefill_step_size
+        self._owns_cache = cache is None
+        self.cache = cache or model.make_cache(max_batch, max_context or model.config.max_position_embeddings)
+        self.sampler = sampler or Sampler(len(self.cache.lengths), model.config.vocab_size, model.device)
+        self._free = deque(range(len(self.cache.lengths)))
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    @property
+    def busy(self) -> bool:
+        """True while a request waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        prefix: Cache | None = None,
+        keep_cache: bool = False,
+    ) -> Request:
+        """Queue a prompt. Raises UserError if it is empty, has unknown tokens or does not fit into the context."""
+        vocab_size = self.model.config.vocab_size
+        if not prompt:
+            raise UserError("the prompt is empty")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(f"the prompt has token {max(prompt, key=abs)}, the vocabulary has {vocab_size}")
+        cached = max(self.cache.lengths) if prefix is None else prefix.lengths[0]
+        cached = 0 if self._owns_cache and prefix is None else cached
+        if cached + len(prompt) > self.cache.max_context:
+            before = f" after {cached} cached ones" if cached else ""
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens{before}, but the context holds {self.cache.max_context}"
+            )
+        request = Request(list(prompt), params, prefix=prefix, keep_cache=keep_cache)
+        self._waiting.append(request)
+        return request
+
+    @property
+    def prefilling(self) -> bool:
+        """True while a prompt is not in the cache yet."""
+        return bool(self._waiting) or any(request.prefilled < len(request.prompt) for request in self._running)
+
+    def finish(self, request: Request) -> None:
+        """End a request that waits or runs, as if it had stopped by itself."""
+        request.finish_reason = "stop"
+        if request in self._running:
+            self._release(request)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Run the model once over everything that is due; returns the requests that got a token or failed."""
+        self._admit()
+        work = self._plan()
+        if not work:
+            return []
+        tokens = [token for request, count in work for token in request.pending[:count]]
+        slots = [request.slot for request, _ in work]
+        hidden, positions, places = self._forward(tokens, slots, [count for _, count in work])
+        ready, rows = [], []
+        for (request, count), span in zip(work, places.spans, strict=True):
+            request.prefilled = min(request.prefilled + count, len(request.prompt))
+            if request.prefilled == len(request.prompt):
+                ready.append(request)
+                rows.append(span.stop - 1)
+        if ready:
+            last = torch.tensor(rows, device=self.model.device)
+            self._take_tokens(ready, hidden[last], places.index[last], positions[last])
+        return ready
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            request, slot = self._waiting.popleft(), self._free.popleft()
+            if request.prefix is not None:
+                self.cache.copy_slot(slot, request.prefix, 0)
+            self.sampler.set(slot, request.params, request.prompt)
+            request.slot = slot
+            self._running.append(request)
+
+    def _plan(self) -> list[tuple[Request, int]]:
+        """How many tokens each running request feeds this step; prompts share a budget."""
+        work, budget = [], self.prefill_step_size
+        for request in self._running:
+            decoding = request.prefilled == len(request.prompt)
+            count = 1 if decoding else min(len(request.pending), budget)
+            budget -= 0 if decoding else count
+            if count:
+                work.append((request, count))
+        return work
+
+    def _forward(self, tokens: list[int], slots: list[int], counts: list[int]) -> tuple[Tensor, Tensor, Slots]:
+        """Run the model over `counts[i]` tokens for `slots[i]`, and count them as cached."""
+        device = self.model.device
+        positions, places = ragged(slots, counts, [self.cache.lengths[slot] for slot in slots], device)
+        hidden = self.model.forward(torch.tensor(tokens, device=device), positions, places, self.cache)
+        for span in places.spans:
+            self.cache.lengths[span.slot] = span.context
+        return hidden, positions, places
+
+    def _take_tokens(self, requests: list[Request], hidden: Tensor, slots: Tensor, positions: Tensor) -> None:
+        tokens, logprobs = self.sampler.sample(self.model.logits(hidden), slots, positions)
+        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            if token < 0:
+                self._fail(request)
+                continue
+            request.tokens.append(token)
+            request.logprobs = logprobs[row] if logprobs is not None and request.params.logprobs else None
+            request.finish_reason = self._finish_reason(request, token)
+            if request.finish_reason is not None:
+                self._release(request)
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        if token in self.eos_token_ids:
+            return "stop"
+        full = self.cache.lengths[request.slot] == self.cache.max_context
+        return "length" if full or len(request.tokens) == request.params.max_tokens else None
+
+    def _fail(self, request: Request) -> None:
+        place = first_nan_module(self.model, [*request.prompt, *request.tokens])
+        request.error = f"the logits are not finite; the first bad values come out of {place}"
+        request.finish_reason = "error"
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        slot = request.slot
+        self._running.remove(request)
+        self.sampler.clear(slot)
+        self._free.append(slot)
+        fits = self.cache.lengths[slot] < self.cache.max_context
+        if request.error is None and fits and (request.keep_cache or not self._owns_cache):
+            # Whoever goes on from this cache expects the last token in it.
+            self._forward(list(request.tokens[-1:]), [slot], [len(request.tokens[-1:])])
+        if request.keep_cache:
+            request.cache = self.model.make_cache(1, self.cache.max_context)
+            request.cache.copy_slot(0, self.cache, slot)
+        if self._owns_cache:
+            self.cache.lengths[slot] = 0

@@ -1,0 +1,323 @@
+"""mlx-lm's generate, stream_generate and batch_generate."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfxlm.device.memory import peak_bytes
+from gfxlm.engine.engine import Engine, FinishReason, Request, TokenSampler
+from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.text import TextStream
+from gfxlm.engine.tokenizer import Tokenizer
+from gfxlm.errors import UserError
+from gfxlm.models.base import CausalLM
+from gfxlm.nn.cache import Cache
+
+Prompt = str | Sequence[int] | Tensor
+SamplerFunction = Callable[[Tensor], Tensor]
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class GenerationResponse:
+    """One step of `stream_generate`, with mlx-lm's fields.
+
+    `text` is what became certain in this step and may be empty; `logprobs` is fp32 (V,). Rates are in tokens a second,
+    `peak_memory` is in GB. `finish_reason` is set on the last one.
+    """
+
+    text: str
+    token: int
+    logprobs: Tensor | None
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: FinishReason | None = None
+
+
+class GenerationError(RuntimeError):
+    """The model produced no usable logits. The message names the module."""
+
+
+@dataclass
+class CallbackSampler:
+    """Samples one request with functions from outside, as mlx-lm takes them."""
+
+    sampler: SamplerFunction
+    processors: Sequence[LogitsProcessor] = ()
+    tokens: list[int] = field(default_factory=list)
+
+    def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
+        self.tokens = list(prompt_tokens)
+
+    def clear(self, slot: int) -> None:
+        self.tokens = []
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits.float()
+        for processor in self.processors:
+            logits = processor(torch.tensor(self.tokens, device=logits.device), logits)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        sampled = self.sampler(logprobs).long()
+        sampled = torch.where(logprobs.amax(-1).isfinite(), sampled, -1)
+        self.tokens += sampled.tolist()
+        return sampled, logprobs
+
+
+def _greedy(logprobs: Tensor) -> Tensor:
+    return logprobs.argmax(-1)
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return [int(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+
+
+def stream_generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    sampler: SamplerFunction | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_cache: Cache | None = None,
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **sampling: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate from a prompt (text, or token ids), one response a token, as mlx-lm does.
+
+    `max_tokens` -1 means until the context is full. `sampler` and `logits_processors` are mlx-lm's functions, over
+    torch tensors; without them `sampling` holds fields of `SamplingParams` (temperature, top_p, stop, seed, …), whose
+    defaults come from the model's generation_config.json. A `prompt_cache` is continued and kept up to date.
+    Raises UserError for bad arguments, GenerationError when the model's numbers are not finite.
+    """
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    params = SamplingParams.from_generation_config(
+        model.generation_config, **sampling, max_tokens=max_tokens, logprobs=True
+    )
+    tokens = _encode(tokenizer, prompt)
+    custom: TokenSampler | None = None
+    if sampler or logits_processors:
+        custom = CallbackSampler(sampler or _greedy, logits_processors or ())
+    engine = Engine(
+        model,
+        eos_token_ids=tokenizer.eos_token_ids,
+        max_context=_context_for(model, [len(tokens)], [max_tokens]),
+        prefill_step_size=prefill_step_size,
+        cache=prompt_cache,
+        sampler=custom,
+    )
+    yield from _responses(engine, engine.add(tokens, params), tokenizer, prompt_progress_callback)
+
+
+def _context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int]) -> int:
+    """Just as many positions as the longest request can need, at most what the model was made for."""
+    limit = model.config.max_position_embeddings
+    return min(limit, max(limit if most < 0 else prompt + most for prompt, most in zip(prompts, limits, strict=True)))
+
+
+def _responses(
+    engine: Engine, request: Request, tokenizer: Tokenizer, progress: Callable[[int, int], None] | None
+) -> Iterator[GenerationResponse]:
+    stream = TextStream(tokenizer, request.params.stop)
+    start = time.perf_counter()
+    first = start
+    while request.finish_reason is None:
+        produced = engine.step()
+        if progress is not None and len(request.tokens) <= 1:
+            progress(request.prefilled, len(request.prompt))
+        if not produced:
+            continue
+        if request.error is not None:
+            raise GenerationError(request.error)
+        if len(request.tokens) == 1:
+            first = time.perf_counter()
+        token = request.tokens[-1]
+        text, stopped = stream.add(token, last=request.finish_reason is not None)
+        if stopped and request.finish_reason is None:
+            engine.finish(request)
+        now = time.perf_counter()
+        yield GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=request.logprobs,
+            from_draft=False,
+            prompt_tokens=len(request.prompt),
+            prompt_tps=len(request.prompt) / (first - start),
+            generation_tokens=len(request.tokens),
+            generation_tps=len(request.tokens) / (now - first) if now > first else 0.0,
+            peak_memory=peak_bytes(engine.model.device) / 1e9,
+            finish_reason=request.finish_reason,
+        )
+
+
+def generate(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt, verbose: bool = False, **kwargs: Any) -> str:
+    """The whole answer to a prompt. `verbose` prints it as it comes, then mlx-lm's three lines of statistics.
+
+    All else goes to `stream_generate`.
+    """
+    text, response = "", None
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print("\n" + "=" * 10)
+        print(statistics(response))
+    return text
+
+
+def statistics(response: GenerationResponse) -> str:
+    """mlx-lm's three lines about a finished generation."""
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB"
+    )
+
+
+@dataclass(kw_only=True)
+class BatchStats:
+    """Totals over a batch: tokens, seconds, tokens a second, and peak memory in GB."""
+
+    prompt_tokens: int = 0
+    prompt_time: float = 0.0
+    generation_tokens: int = 0
+    generation_time: float = 0.0
+    peak_memory: float = 0.0
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prompt_time if self.prompt_time else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        """Generated tokens a second."""
+        return self.generation_tokens / self.generation_time if self.generation_time else 0.0
+
+
+@dataclass
+class BatchResponse:
+    """What `batch_generate` returns, in the order of the prompts. Optional parts are there if they were asked for."""
+
+    texts: list[str]
+    stats: BatchStats
+    caches: list[Cache] | None = None
+    token_ids: list[list[int]] | None = None
+    logprobs: list[list[float]] | None = None
+
+
+def batch_generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    prompt_caches: Sequence[Cache] | None = None,
+    max_tokens: int | Sequence[int] = 128,
+    verbose: bool = False,
+    return_prompt_caches: bool = False,
+    return_token_ids: bool = False,
+    return_logprobs: bool = False,
+    *,
+    max_batch: int = 32,
+    prefill_step_size: int = 2048,
+    **sampling: Any,
+) -> BatchResponse:
+    """Answer many prompts (token ids) together, up to `max_batch` at a time.
+
+    `prompt_caches`, one for each prompt and of one slot, hold what comes before it and are left as they are. All other
+    keywords are fields of `SamplingParams`. Raises GenerationError if any request fails.
+    """
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    before = [0] * len(prompts) if prompt_caches is None else [cache.lengths[0] for cache in prompt_caches]
+    if not prompts or len(limits) != len(prompts) or len(before) != len(prompts):
+        raise UserError(
+            f"{len(prompts)} prompts, {len(limits)} max_tokens and {len(before)} prompt_caches do not match"
+        )
+    lengths = [len(prompt) + cached for prompt, cached in zip(prompts, before, strict=True)]
+    engine = Engine(
+        model,
+        eos_token_ids=tokenizer.eos_token_ids,
+        max_batch=min(max_batch, len(prompts)),
+        max_context=_context_for(model, lengths, limits),
+        prefill_step_size=prefill_step_size,
+    )
+    params = SamplingParams.from_generation_config(model.generation_config, **sampling, logprobs=return_logprobs)
+    prefixes = [None] * len(prompts) if prompt_caches is None else prompt_caches
+    requests = [
+        engine.add(prompt, replace(params, max_tokens=limit), prefix=prefix, keep_cache=return_prompt_caches)
+        for prompt, limit, prefix in zip(prompts, limits, prefixes, strict=True)
+    ]
+    outputs = [_Output(TextStream(tokenizer, params.stop)) for _ in requests]
+    stats = _run_batch(engine, dict(zip(requests, outputs, strict=True)), verbose)
+    return BatchResponse(
+        texts=[output.text for output in outputs],
+        stats=stats,
+        caches=[request.cache for request in requests if request.cache] if return_prompt_caches else None,
+        token_ids=[output.token_ids for output in outputs] if return_token_ids else None,
+        logprobs=[output.logprobs for output in outputs] if return_logprobs else None,
+    )
+
+
+@dataclass
+class _Output:
+    """What a batch collects of one request. The end-of-text token is no part of it."""
+
+    stream: TextStream
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def _run_batch(engine: Engine, outputs: dict[Request, _Output], verbose: bool) -> BatchStats:
+    stats = BatchStats(prompt_tokens=sum(len(request.prompt) for request in outputs))
+    while engine.busy:
+        prefilling, start = engine.prefilling, time.perf_counter()
+        produced = engine.step()
+        seconds = time.perf_counter() - start
+        stats.prompt_time += seconds if prefilling else 0.0
+        stats.generation_time += 0.0 if prefilling else seconds
+        stats.generation_tokens += len(produced)
+        for request in produced:
+            _collect(engine, request, outputs[request])
+        if verbose:
+            done = sum(request.finish_reason is not None for request in outputs)
+            print(f"\r[batch_generate] Finished {done}/{len(outputs)}", end="", file=sys.stderr, flush=True)
+    stats.peak_memory = peak_bytes(engine.model.device) / 1e9
+    if verbose:
+        print(
+            f"\n[batch_generate] Prompt: {stats.prompt_tokens} tokens, {stats.prompt_tps:.3f} tokens-per-sec\n"
+            f"[batch_generate] Generation: {stats.generation_tokens} tokens, "
+            f"{stats.generation_tps:.3f} tokens-per-sec\n"
+            f"[batch_generate] Peak memory: {stats.peak_memory:.3f} GB",
+            file=sys.stderr,
+        )
+    return stats
+
+
+def _collect(engine: Engine, request: Request, output: _Output) -> None:
+    if request.error is not None:
+        raise GenerationError(request.error)
+    token = request.tokens[-1]
+    text, stopped = output.stream.add(token, last=request.finish_reason is not None)
+    output.text += text
+    if token not in engine.eos_token_ids:
+        output.token_ids.append(token)
+        if request.logprobs is not None:
+            output.logprobs.append(float(request.logprobs[token]))
+    if stopped and request.finish_reason is None:
+        engine.finish(request)
