@@ -107,9 +107,7 @@ def _bias_processor(logit_bias: Mapping[int, float]) -> LogitsProcessor:
 
     def process(_: Tensor, logits: Tensor) -> Tensor:
         shape = (len(logits), len(tokens))
-        return add_logit_bias(
-            logits, tokens.to(logits.device).expand(shape), bias.to(logits.device).expand(shape)
-        )
+        return add_logit_bias(logits, tokens.to(logits.device).expand(shape), bias.to(logits.device).expand(shape))
 
     return process
 

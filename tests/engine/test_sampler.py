@@ -264,7 +264,7 @@ class TestSampler:
             SamplingParams(logit_bias={5: 3.0}, logprobs=True),
             ALL,
         ],
-        ids=str,
+        ids=["greedy", "plain", "top_k", "top_k top_p", "min_p", "repetition", "bias", "all"],
     )
     def test_company_changes_nothing(self, params):
         def run(*, company: bool) -> tuple[list[int], Tensor | None]:
