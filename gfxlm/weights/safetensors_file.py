@@ -6,6 +6,7 @@ Plain reads into ordinary memory: a map of the file handed to a GPU driver hangs
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gfxlm.errors import UserError
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -36,11 +37,15 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for: shape and dtype are known, the data are still on disk."""
+    """A tensor that is read when it is asked for: shape and dtype are known, the data are still on disk.
+
+    `parts` are the tensors that a stack is made of, for those who can do with one at a time.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    parts: tuple["LazyTensor", ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +59,8 @@ class LazyTensor:
 
 def stacked(tensors: list[LazyTensor]) -> LazyTensor:
     """Tensors of one shape, joined along a new first axis when read."""
-    first = tensors[0]
-    return LazyTensor((len(tensors), *first.shape), first.dtype, lambda: torch.stack([t.read() for t in tensors]))
+    shape = (len(tensors), *tensors[0].shape)
+    return LazyTensor(shape, tensors[0].dtype, lambda: torch.stack([t.read() for t in tensors]), tuple(tensors))
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -67,46 +72,80 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise UserError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
-    except (
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: corrupt safetensors header ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: corrupt: the header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: corrupt: the header is no JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, fields) for name, fields in header.items()}
+    _check_extents(path, entries, size - 8 - length)
+    return {name: entry.lazy(path, 8 + length) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, fields: dict[str, object], data: int, size: int) -> LazyTensor:
-    dtype = _DTYPES.get(str(fields["dtype"]))
-    if dtype is None:
-        raise UserError(f"{path}: tensor {name} has the unknown type {fields['dtype']}")
-    shape = tuple(int(n) for n in fields["shape"])  # type: ignore[attr-defined]
-    start, stop = (int(n) for n in fields["data_offsets"])  # type: ignore[attr-defined]
-    if min(shape, default=0) < 0 or start < 0 or stop - start != prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: corrupt header: tensor {name} of shape {shape} does not take {stop - start} bytes")
-    if data + stop > size:
-        raise UserError(f"{path}: truncated: tensor {name} ends at byte {data + stop}, the file has {size}")
-    return LazyTensor(shape, dtype, lambda: _read(path, data + start, stop - start).view(dtype).reshape(shape))
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor as the header describes it; `start` and `stop` count from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def lazy(self, path: Path, data: int) -> LazyTensor:
+        def read() -> Tensor:
+            return _read(path, data + self.start, self.stop - self.start).view(self.dtype).reshape(self.shape)
+
+        return LazyTensor(self.shape, self.dtype, read)
+
+
+def _entry(path: Path, name: str, fields: object) -> _Entry:
+    if not name.isprintable():
+        raise UserError(f"{path}: corrupt: a tensor is named {name!r}")
+    match fields:
+        case {"dtype": str(kind), "shape": [*shape], "data_offsets": [start, stop]} if all(
+            type(n) is int for n in (*shape, start, stop)
+        ):
+            pass
+        case _:
+            raise UserError(f"{path}: corrupt: tensor {name} lacks a proper dtype, shape or data_offsets")
+    if kind not in DTYPES:
+        raise UserError(f"{path}: tensor {name} has the unknown type {kind!r}")
+    entry = _Entry(DTYPES[kind], tuple(shape), start, stop)
+    # Zeros are left out of the second product: a dimension beside one must fit torch's 64-bit strides all the same.
+    fits = stop - start == prod(shape) * entry.dtype.itemsize and prod(n for n in shape if n) < 1 << 63
+    if min(shape, default=0) < 0 or start < 0 or not fits:
+        raise UserError(f"{path}: corrupt: tensor {name} of shape {entry.shape} does not take {stop - start} bytes")
+    return entry
+
+
+def _check_extents(path: Path, entries: dict[str, _Entry], size: int) -> None:
+    """Every tensor lies within the `size` bytes of data, and no two share any."""
+    ordered = sorted((e.start, e.stop, name) for name, e in entries.items() if e.stop > e.start)
+    for start, stop, name in ordered:
+        if stop > size:
+            raise UserError(f"{path}: truncated: tensor {name} ends at byte {stop} of the data, which are {size}")
+    for (_, stop, name), (start, _, other) in pairwise(ordered):
+        if start < stop:
+            raise UserError(f"{path}: corrupt: tensors {name} and {other} overlap")
 
 
 def _read(path: Path, offset: int, nbytes: int) -> Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if nbytes == 0:
         return buffer
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        view, done = memoryview(buffer.numpy().data), 0
-        while done < nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise UserError(f"{path}: the file became shorter while it was read")
-            done += count
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            view, done = memoryview(buffer.numpy().data), 0
+            while done < nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{path}: the file became shorter while it was read")
+                done += count
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
     return buffer
