@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Bad input. The message says what is wrong and what to do; the command line exits with code 2."""
+
+
+class GenerationError(RuntimeError):
+    """The model produced no usable logits. The message names the module; the command line exits with code 1."""

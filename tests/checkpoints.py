@@ -1,6 +1,8 @@
 """Small checkpoints of every family, made with transformers and mlx-lm as a user would make them."""
 
+import atexit
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,6 +12,9 @@ import mlx_lm
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+_ROOT = Path(mkdtemp(prefix="gfxlm-tests-"))
+atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 128,
@@ -91,7 +96,7 @@ def transformers_checkpoint(family: str, dtype: torch.dtype = torch.bfloat16) ->
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif "norm" in name or "bias" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    folder = Path(mkdtemp(prefix=f"gfxlm-{family}-"))
+    folder = _ROOT / f"{family}-{dtype}"
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     path = folder / "config.json"
@@ -102,7 +107,7 @@ def transformers_checkpoint(family: str, dtype: torch.dtype = torch.bfloat16) ->
 @cache
 def mlx_checkpoint(family: str, recipe: str = "4bit", dtype: torch.dtype = torch.bfloat16) -> Path:
     """The same model converted by mlx-lm: "dense", "4bit", "8bit", "3bit-32", a mode, or a mixed recipe."""
-    folder = Path(mkdtemp(prefix=f"gfxlm-{family}-{recipe}-")) / "model"
+    folder = _ROOT / f"{family}-{recipe}-{dtype}"
     options: dict[str, Any] = {"quantize": recipe != "dense"}
     if recipe.startswith("mixed"):
         options |= {"quant_predicate": recipe, "q_group_size": 64}

@@ -87,23 +87,22 @@ def convert(
         raise UserError(f"{target}: holds the model that is converted; --force does not replace that")
 
     _check(checkpoint)
-    model, tensors = build(_counted(checkpoint, progress))
+    model, tensors = build(checkpoint)
     stored = _stored_formats(model, tensors, checkpoint.config)
     if quantize and stored:
         raise UserError(
             f"{checkpoint.folder}: quantised already; convert the unquantised model, or dequantise this one"
         )
     formats: dict[str, Quantization] = {}
-    config = _output_config(checkpoint.config, model)
-    if dequantize:
-        config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    entry = _stored_entry(checkpoint.config) if stored and not dequantize else None
     if default is not None:
         formats, entry = choose_formats(model, default, quant_predicate)
-        config |= {"quantization": entry, "quantization_config": entry}
     cast = DTYPES[dtype] if dtype is not None else None if stored else _float_dtype(checkpoint.config)
+    if progress is not None:
+        tensors = _counted(tensors, progress)
     groups = _groups(tensors, cast, formats, stored if dequantize else {})
     with complete_folder(target) as folder:
-        write_config(folder, config)
+        write_config(folder, _output_config(checkpoint.config, model, entry))
         _copy_companions(checkpoint.folder, folder)
         write_weights(folder, groups, _count_parameters(model, tensors))
 
@@ -135,11 +134,9 @@ def _check(checkpoint: Checkpoint) -> None:
     load_model(replace(checkpoint, tensors=tensors), device="meta")
 
 
-def _counted(checkpoint: Checkpoint, progress: Progress | None) -> Checkpoint:
-    """The same checkpoint, that reports how much of it has been read."""
-    if progress is None:
-        return checkpoint
-    total, done = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0
+def _counted(tensors: Tensors, progress: Progress) -> Tensors:
+    """The same tensors, that report how much of them has been read."""
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
 
     def counted(tensor: LazyTensor) -> LazyTensor:
         def read() -> Tensor:
@@ -149,9 +146,9 @@ def _counted(checkpoint: Checkpoint, progress: Progress | None) -> Checkpoint:
             progress(done, total)
             return data
 
-        return replace(tensor, read=read)
+        return replace(tensor, read=read, parts=tuple(map(counted, tensor.parts)))
 
-    return replace(checkpoint, tensors={name: counted(tensor) for name, tensor in checkpoint.tensors.items()})
+    return {name: counted(tensor) for name, tensor in tensors.items()}
 
 
 def _stored_formats(model: CausalLM, tensors: Tensors, config: Config) -> dict[str, Quantization]:
@@ -220,12 +217,20 @@ def _resolve(path: str, choice: Mapping[str, Any]) -> Quantization:
         raise UserError(f"quant_predicate: {path}: {error}") from error
 
 
-def _output_config(source: Config, model: CausalLM) -> Config:
+def _stored_entry(config: Config) -> Config | None:
+    entry: Config | None = config.get("quantization") or config.get("quantization_config")
+    return entry
+
+
+def _output_config(source: Config, model: CausalLM, quantization: Config | None) -> Config:
     """The source's config, with what mlx-lm needs besides: transformers 4's spelling, and whether the head is tied."""
-    dropped = ("_name_or_path", "vision_config")
+    dropped = ("_name_or_path", "vision_config", "quantization", "quantization_config")
     flat = {key: value for key, value in normalized(source).items() if key not in source}
-    config = {key: value for key, value in source.items() if key not in dropped}
-    return config | flat | {"tie_word_embeddings": model.tied}
+    config = {key: value for key, value in (source | flat).items() if key not in dropped}
+    config["tie_word_embeddings"] = model.tied
+    if quantization is not None:
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    return config
 
 
 def _float_dtype(config: Config) -> torch.dtype | None:
@@ -241,18 +246,16 @@ def _groups(
 ) -> list[TensorGroup]:
     """What is written, layer by layer: every tensor cast, and the matrices at those paths quantised or dequantised."""
     groups = []
-    dense = cast or main_dtype(tensors)
     for name in sorted(tensors, key=_layer_order):
         path, _, kind = name.rpartition(".")
-        if path in to_dequantize:
-            if kind == "weight":
-                groups.append(_dequantized(path, tensors, cast, dense, to_dequantize[path]))
-            elif kind == "bias":
-                groups.append(_copied(name, tensors[name], cast))
-        elif path in to_quantize and kind == "weight":
+        if path in to_quantize and kind == "weight":
             groups.append(_quantized(path, tensors[name], cast, to_quantize[path]))
-        else:
+        elif path not in to_dequantize or kind == "bias":
             groups.append(_copied(name, tensors[name], cast))
+        elif kind == "weight":
+            q = to_dequantize[path]
+            own = tensors[f"{path}.scales"].dtype if q.affine else main_dtype(tensors)
+            groups.append(_dequantized(path, tensors, cast or own, q))
     return groups
 
 
@@ -287,21 +290,19 @@ def _quantized(path: str, tensor: LazyTensor, cast: torch.dtype | None, q: Quant
     return TensorGroup(specs, blocks)
 
 
-def _dequantized(
-    path: str, tensors: Tensors, cast: torch.dtype | None, dense: torch.dtype, q: Quantization
-) -> TensorGroup:
-    stored = [tensors[f"{path}.{kind}"] for kind in ("weight", "scales", "biases")[: 3 if q.affine else 2]]
-    dtype = _cast_dtype(stored[1], cast) if q.affine else dense
+def _dequantized(path: str, tensors: Tensors, dtype: torch.dtype, q: Quantization) -> TensorGroup:
+    names = (f"{path}.{kind}" for kind in ("weight", "scales", "biases"))
+    stored = [tensors[name] for name in names if name in tensors]
     *leading, groups = stored[1].shape
+    columns = groups * q.group_size
 
     def blocks() -> Iterator[tuple[Tensor, ...]]:
-        rows = max(1, _BLOCK_ELEMENTS // (groups * q.group_size))
-        parts = (tensor.read().flatten(0, -2).split(rows) for tensor in stored)
-        for w, scales, *biases in zip(*parts, strict=True):
-            scales, *biases = (t.to(_cast_dtype(stored[1], cast)) for t in (scales, *biases))
-            yield (dequantize_rows(w, scales, *biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=dtype),)
+        rows = max(1, _BLOCK_ELEMENTS // columns)
+        for w, scales, *biases in zip(*(t.read().flatten(0, -2).split(rows) for t in stored), strict=True):
+            bias = biases[0] if biases else None
+            yield (dequantize_rows(w, scales, bias, q.group_size, q.bits, q.mode, dtype=dtype),)
 
-    return TensorGroup({f"{path}.weight": TensorSpec((*leading, groups * q.group_size), dtype)}, blocks)
+    return TensorGroup({f"{path}.weight": TensorSpec((*leading, columns), dtype)}, blocks)
 
 
 def _blocks(tensor: LazyTensor) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from gfxlm.engine.engine import Engine, FinishReason, Request, TokenSampler
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.text import TextStream
 from gfxlm.engine.tokenizer import Tokenizer
-from gfxlm.errors import UserError
+from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
 
@@ -41,10 +41,6 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     finish_reason: FinishReason | None = None
-
-
-class GenerationError(RuntimeError):
-    """The model produced no usable logits. The message names the module."""
 
 
 @dataclass

@@ -40,6 +40,14 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._tokenizer)
 
+    def add_eos_token(self, token: str) -> None:
+        """Let a token, given by its text or its id, end a text too. Raises UserError for one that is not there."""
+        vocabulary = self._tokenizer.get_vocab()
+        found = vocabulary.get(token, int(token) if token.isdecimal() else -1)
+        if not 0 <= found < len(self):
+            raise UserError(f"{token!r} is no token of this model")
+        self.eos_token_ids.add(found)
+
     @property
     def bos_token(self) -> str | None:
         """The text of the token that begins a sequence, if the model has one."""

@@ -40,9 +40,7 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     or the types are not floating.
     """
     if gate.shape != x.shape:
-        raise ValueError(
-            f"swiglu: gate and x must have one shape, got {tuple(gate.shape)} and {tuple(x.shape)}"
-        )
+        raise ValueError(f"swiglu: gate and x must have one shape, got {tuple(gate.shape)} and {tuple(x.shape)}")
     dtype = torch.promote_types(gate.dtype, x.dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"swiglu: gate and x must be floating, got {gate.dtype} and {x.dtype}")

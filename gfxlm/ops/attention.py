@@ -42,9 +42,12 @@ def scaled_dot_product_attention(
     if sinks is not None:
         _check_sinks("scaled_dot_product_attention", sinks, q.shape[1], dtype)
     causal = isinstance(mask, str) and q.shape[2] == k.shape[2]
-    return _attend(
-        q.to(dtype), k.to(dtype), v.to(dtype), scale=scale, mask=visible, causal=causal, sinks=sinks
-    )
+    out = _attend(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale, mask=visible, causal=causal, sinks=sinks)
+    if visible is None:
+        return out
+    # torch's kernels disagree about a row that sees nothing: zeros on the CPU, the mean of v on CUDA.
+    seen = visible if visible.dtype == torch.bool else visible != -torch.inf
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
 def cached_attention(
@@ -183,9 +186,7 @@ def _resolve_mask(q: Tensor, k: Tensor, mask: Tensor | str | None, dtype: torch.
             "which is (B, Hq, Tq, Tk)"
         )
     if mask.dtype != torch.bool and torch.promote_types(mask.dtype, dtype) != dtype:
-        raise ValueError(
-            f"scaled_dot_product_attention: mask of {mask.dtype} would widen the result's type {dtype}"
-        )
+        raise ValueError(f"scaled_dot_product_attention: mask of {mask.dtype} would widen the result's type {dtype}")
     mask = mask if mask.dtype == torch.bool else mask.to(dtype)
     return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
 
@@ -195,9 +196,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"scaled_dot_product_attention: q, k and v must have 4 dimensions, got {shapes}")
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1:3] != v.shape[1:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"scaled_dot_product_attention: batch, key heads, lengths or head sizes differ: {shapes}"
-        )
+        raise ValueError(f"scaled_dot_product_attention: batch, key heads, lengths or head sizes differ: {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"scaled_dot_product_attention: q's heads must be a multiple of k's: {shapes}")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -222,9 +221,7 @@ def _check_cached(
             f"cached_attention: q must be (N, Hq, D) and the caches (slots, context, Hkv, D), got {shapes}"
         )
     if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
-        raise ValueError(
-            f"cached_attention: head sizes differ, or q's heads are no multiple of k_cache's: {shapes}"
-        )
+        raise ValueError(f"cached_attention: head sizes differ, or q's heads are no multiple of k_cache's: {shapes}")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"cached_attention: types differ: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
     if positions.shape != q.shape[:1]:
@@ -239,6 +236,4 @@ def _check_span(span: Span, q: Tensor, cache: Tensor) -> None:
     in_batch = 0 <= span.start <= span.stop <= q.shape[0]
     in_cache = 0 <= span.slot < cache.shape[0] and span.stop - span.start <= span.context <= cache.shape[1]
     if not (in_batch and in_cache):
-        raise ValueError(
-            f"cached_attention: {span} is outside q {tuple(q.shape)} or the cache {tuple(cache.shape)}"
-        )
+        raise ValueError(f"cached_attention: {span} is outside q {tuple(q.shape)} or the cache {tuple(cache.shape)}")

@@ -16,10 +16,10 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution over time, y[t] = Σ_j weight[:, j] * x[t - K + 1 + j] + bias, then activation.
 
-    x is (B, T, C), weight (C, K), bias (C,). state, (B, K - 1, C), is what came before x[:, 0], zeros if
-    None. Returns y (B, T, C) in x's type, computed in float32 and rounded once, and the new state: the last K
-    - 1 inputs, the old state included. activation is None or "silu". ValueError if a shape, type or
-    activation does not fit.
+    x is (B, T, C), weight (C, K), bias (C,). state, (B, K - 1, C), is what came before x[:, 0], zeros if None.
+    Returns y (B, T, C) in x's type, computed in float32 and rounded once, and the new state: the K - 1 inputs that
+    came last, old state included. activation is None or "silu". ValueError if a shape, type or activation does not
+    fit.
     """
     _check(x, weight, bias, state, activation)
     if state is None:
@@ -31,6 +31,7 @@ def causal_conv1d(
         y = y + bias
     if activation == "silu":
         y = F.silu(y)
+    # A copy, so that the state does not keep all of the inputs in memory.
     return y.to(x.dtype), inputs[:, x.shape[1] :].clone()
 
 
@@ -49,9 +50,7 @@ def _fused(inputs: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(image, weight[:, None, None], groups=weight.shape[0]).squeeze(2).transpose(1, 2)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activation: str | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activation: str | None) -> None:
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"causal_conv1d: x must be floating (B, T, C), got {x.dtype} {tuple(x.shape)}")
     batch, _, channels = x.shape
@@ -61,8 +60,6 @@ def _check(
         raise ValueError(f"causal_conv1d: bias must be ({channels},), got {tuple(bias.shape)}")
     carried = (batch, weight.shape[1] - 1, channels)
     if state is not None and (state.shape != carried or state.dtype != x.dtype):
-        raise ValueError(
-            f"causal_conv1d: state must be {x.dtype} {carried}, got {state.dtype} {tuple(state.shape)}"
-        )
+        raise ValueError(f"causal_conv1d: state must be {x.dtype} {carried}, got {state.dtype} {tuple(state.shape)}")
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")

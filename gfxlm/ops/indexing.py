@@ -63,9 +63,7 @@ def _combine(old: Tensor, new: Tensor, reduce: str | None, flip: int) -> Tensor:
 
 
 def _axes(axes: Sequence[int] | int, ndim: int) -> list[int]:
-    named = [
-        normalize_axis("slice_update", axis, ndim) for axis in ([axes] if isinstance(axes, int) else axes)
-    ]
+    named = [normalize_axis("slice_update", axis, ndim) for axis in ([axes] if isinstance(axes, int) else axes)]
     if len(set(named)) != len(named):
         raise ValueError(f"slice_update: axes names a dimension twice: {tuple(named)}")
     return named
@@ -89,9 +87,7 @@ def _window_shape(a: Tensor, update: Tensor, named: list[int]) -> list[int]:
     """MLX's rule: a missing leading axis is whole unless named; the update's own axes keep their size."""
     missing = a.ndim - update.ndim
     if missing < 0:
-        raise ValueError(
-            f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(a.shape)}"
-        )
+        raise ValueError(f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(a.shape)}")
     shape = [1 if axis in named else size for axis, size in enumerate(a.shape[:missing])] + list(update.shape)
     if any(size > limit for size, limit in zip(shape, a.shape, strict=True)):
         raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than a {tuple(a.shape)}")

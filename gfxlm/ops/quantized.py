@@ -112,6 +112,8 @@ def dequantize(
     q = Quantization.resolve(group_size, bits, mode)
     _check_triple(w, scales, biases, q)
     _check_global_scale(q, global_scale)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: must be floating, got {dtype}")
     codes = unpack_codes(w, q.bits).unflatten(-1, (-1, q.group_size))  # (..., G, group_size)
     if q.affine:
         assert biases is not None
@@ -282,6 +284,8 @@ def _check_triple(w: Tensor, scales: Tensor, biases: Tensor | None, q: Quantizat
         raise ValueError(f"biases: mode {q.mode!r} {'needs them' if q.affine else 'has none'}")
     if biases is not None and biases.shape != scales.shape:
         raise ValueError(f"biases: shape {tuple(biases.shape)} differs from the scales' {tuple(scales.shape)}")
+    if biases is not None and not (scales.is_floating_point() and biases.is_floating_point()):
+        raise ValueError(f"scales, biases: must be floating, got {scales.dtype} and {biases.dtype}")
     if not q.affine and scales.dtype != torch.uint8:
         raise ValueError(f"scales: mode {q.mode!r} stores them as uint8, got {scales.dtype}")
     if w.ndim < 2 or w.shape[:-1] != scales.shape[:-1] or w.shape[-1] * 32 != scales.shape[-1] * q.group_size * q.bits:

@@ -34,9 +34,7 @@ def rope_angles(
         inverse = base ** (-pair / dims)
     elif freqs is not None:
         if freqs.shape != (dims // 2,):
-            raise ValueError(
-                f"rope: freqs must have shape ({dims // 2},) for dims {dims}, got {tuple(freqs.shape)}"
-            )
+            raise ValueError(f"rope: freqs must have shape ({dims // 2},) for dims {dims}, got {tuple(freqs.shape)}")
         inverse = widen(freqs).reciprocal()
     angles = (positions.to(torch.float32) * scale).unsqueeze(-1) * inverse.to(torch.float32)  # (*, dims / 2)
     return angles.cos(), angles.sin()
@@ -51,9 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, traditional: bool = False) ->
     """
     half = cos.shape[-1]
     if cos.shape != sin.shape:
-        raise ValueError(
-            f"rotate: cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
+        raise ValueError(f"rotate: cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if 2 * half > x.shape[-1]:
         raise ValueError(f"rotate: cos asks for {2 * half} features, x has {x.shape[-1]}")
     turned = widen(x[..., : 2 * half])
@@ -80,13 +76,9 @@ def rope(
     base or freqs do not fit.
     """
     if a.ndim < 3 or not a.is_floating_point():
-        raise ValueError(
-            f"rope: a must be floating with at least 3 dimensions, got {a.dtype} {tuple(a.shape)}"
-        )
+        raise ValueError(f"rope: a must be floating with at least 3 dimensions, got {a.dtype} {tuple(a.shape)}")
     if dims > a.shape[-1]:
-        raise ValueError(
-            f"rope: dims must not exceed the last axis of a, got dims {dims} for {tuple(a.shape)}"
-        )
+        raise ValueError(f"rope: dims must not exceed the last axis of a, got dims {dims} for {tuple(a.shape)}")
     positions = _offset(offset, a).unsqueeze(-1) + torch.arange(a.shape[-2], device=a.device)  # (1 or B, T)
     cos, sin = rope_angles(positions, dims, base=base, freqs=freqs, scale=scale)
     rows = (cos.shape[0], *[1] * (a.ndim - 3), *cos.shape[-2:])

@@ -45,9 +45,7 @@ def topk(a: Tensor, k: int, axis: int | None = -1) -> Tensor:
     """
     a, axis = _along("topk", a, axis)
     if not 0 <= k <= a.shape[axis]:
-        raise ValueError(
-            f"topk: k must be from 0 to {a.shape[axis]} for axis {axis} of {tuple(a.shape)}, got {k}"
-        )
+        raise ValueError(f"topk: k must be from 0 to {a.shape[axis]} for axis {axis} of {tuple(a.shape)}, got {k}")
     return _from_key(torch.topk(_key(a), k, dim=axis).values, a.dtype)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def read_json(path: Path) -> Config:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=_untag_float)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -31,7 +32,7 @@ def read_json(path: Path) -> Config:
 def _untag_float(value: Config) -> Any:
     """Undo `{"__float__": "Infinity"}`, which keeps non-finite numbers inside valid JSON."""
     tag = value.get("__float__")
-    return _TAGGED_FLOATS[tag] if set(value) == {"__float__"} and tag in _TAGGED_FLOATS else value
+    return _TAGGED_FLOATS.get(tag, value) if len(value) == 1 and isinstance(tag, str) else value
 
 
 def read_config(folder: Path) -> Config:
@@ -53,8 +54,8 @@ def read_generation_config(folder: Path) -> Config:
 
 
 def normalized(config: Config) -> Config:
-    """The config in transformers 4's flat spelling, whichever of the two it was written in."""
-    flat = dict(config)
+    """The config in transformers 4's flat spelling, whichever of the two it was written in, without its nulls."""
+    flat = {key: value for key, value in config.items() if value is not None}
     rope = flat.pop("rope_parameters", None)
     if isinstance(rope, dict):
         rest = dict(rope)
@@ -84,8 +85,11 @@ class QuantizationMap:
     @classmethod
     def parse(cls, config: Config) -> "QuantizationMap":
         """Read `quantization`, or `quantization_config` as MLX writes it. Raises UserError for a foreign format."""
-        entry = config.get("quantization") or config.get("quantization_config") or {}
-        if "quant_method" in entry and "group_size" not in entry:
+        key = "quantization" if config.get("quantization") else "quantization_config"
+        entry = config.get(key) or {}
+        if not isinstance(entry, dict):
+            raise UserError(f"config.json: {key} is not an object")
+        if "quant_method" in entry:
             raise UserError(
                 f"quantised with {entry['quant_method']!r}, which is not an MLX format; convert the unquantised model "
                 "with `gfxlm convert -q` instead"
@@ -98,10 +102,11 @@ class QuantizationMap:
         `words` and `groups` are the last dimensions of its weight and scales. Raises UserError on contradiction.
         """
         found = self.overrides.get(path) or self._inferred(path, columns, words, groups, scales_dtype)
-        if found.packed_columns(columns) != words or groups * found.group_size != columns:
+        fits = found.packed_columns(columns) == words and groups * found.group_size == columns
+        if not fits or found.affine == (scales_dtype == torch.uint8):
             raise UserError(
-                f"{path}: {found.bits} bits in groups of {found.group_size} contradict the shapes: {columns} inputs in "
-                f"{words} words with {groups} scales"
+                f"{path}: {found.mode}, {found.bits} bits in groups of {found.group_size}, contradicts the tensors: "
+                f"{columns} inputs in {words} words with {groups} scales of {scales_dtype}"
             )
         return found
 
@@ -115,13 +120,17 @@ class QuantizationMap:
             except ValueError:
                 continue
         raise UserError(
-            f"{path}: {bits} bits in groups of {group_size} with {scales_dtype} scales is no format that MLX has"
+            f"{path}: {columns} inputs in {words} words with {groups} scales of {scales_dtype} would be {bits} bits in "
+            f"groups of {group_size}, which MLX does not have"
         )
 
 
 def _override(path: str, value: Config) -> Quantization:
+    for key, kind in (("group_size", int), ("bits", int), ("mode", str)):
+        if type(value.get(key)) not in (kind, NoneType):
+            raise UserError(f"config.json: quantization of {path}: {key} cannot be {value[key]!r}")
     # A missing mode means affine whatever the global mode is; a null group size means the mode's default.
     try:
-        return Quantization.resolve(value.get("group_size"), value.get("bits"), value.get("mode", "affine"))
+        return Quantization.resolve(value.get("group_size"), value.get("bits"), value.get("mode") or "affine")
     except ValueError as error:
         raise UserError(f"config.json: quantization of {path}: {error}") from error

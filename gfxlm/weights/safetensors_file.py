@@ -125,7 +125,7 @@ def _entry(path: Path, name: str, fields: object) -> _Entry:
 def _check_extents(path: Path, entries: dict[str, _Entry], size: int) -> None:
     """Every tensor lies within the `size` bytes of data, and no two share any."""
     ordered = sorted((e.start, e.stop, name) for name, e in entries.items() if e.stop > e.start)
-    for start, stop, name in ordered:
+    for _, stop, name in ordered:
         if stop > size:
             raise UserError(f"{path}: truncated: tensor {name} ends at byte {stop} of the data, which are {size}")
     for (_, stop, name), (start, _, other) in pairwise(ordered):

@@ -87,6 +87,9 @@ class PackedWeight(Weight):
             columns = scales.shape[-1] * q.group_size
             if w.device.type == "cpu" and int4_applies(w.shape[-2], columns, q.group_size, dtype):
                 return cls(int4_pack(unpack_codes(w, q.bits), scales, biases, q.group_size, q.bits), q, dtype)
+            if w.device.type != "cpu":
+                # Side by side, a scale and its bias are one load.
+                scales, biases = torch.stack((scales, biases), dim=-1).unbind(-1)
         return cls((w, scales, biases), q, dtype)
 
     def to_mlx(self) -> MlxTriple:
@@ -110,6 +113,8 @@ class PackedWeight(Weight):
         return sum(t.nbytes for t in self._layout if t is not None)
 
     def matmul(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # what a kernel makes of no rows is its own affair
+            return x.new_empty(*x.shape[:-1], self.shape[-2])
         if isinstance(self._layout, Int4Weight):
             return int4_matmul(x, self._layout)
         q = self.quantization
@@ -121,9 +126,12 @@ class PackedWeight(Weight):
         return PackedWeight(self._select(torch.tensor(index)), self.quantization, self.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
+        columns = self.shape[-1]
+        if indices.numel() == 0:
+            return torch.empty(*indices.shape, columns, dtype=self.dtype, device=indices.device)
         if isinstance(self._layout, Int4Weight):
             return int4_rows(self._layout, indices)
-        return self._dequantize(self._select(indices))
+        return self._dequantize(self._select(indices.flatten())).view(*indices.shape, columns)
 
     def dequantize(self) -> Tensor:
         """The dense matrix, in the weight's dtype."""

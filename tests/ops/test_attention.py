@@ -134,6 +134,16 @@ def test_a_row_that_sees_nothing_is_zero(rows: int, sink: bool) -> None:
         assert not out.isnan().any()
 
 
+@pytest.mark.parametrize("sink", SINKS)
+def test_reference_gives_zeros_for_empty_rows(sink: bool) -> None:
+    q, k, v = qkv(1, (4, 2), (3, 6), 8)
+    visible = torch.tensor([True, False, True]).view(1, 1, 3, 1)
+    for mask in (visible, visible.float().log()):
+        out = attention.reference(q, k, v, scale=1.0, mask=mask, sinks=torch.zeros(4) if sink else None)
+        assert (out[:, :, 1] == 0).all()
+        assert_exact(out[:, :, ::2], q[:, :, ::2], k, v, 1.0, sinks=torch.zeros(4) if sink else None)
+
+
 def test_causal_with_more_queries_than_keys() -> None:
     q, k, v = qkv(1, (2, 1), (30, 10), 16)
     out = ops.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")

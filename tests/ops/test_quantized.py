@@ -193,6 +193,10 @@ def test_wrong_shapes_are_named() -> None:
         dequantize(w_q, scales[:, :1], biases[:, :1])
     with pytest.raises(ValueError, match="biases: mode 'affine' needs them"):
         dequantize(w_q, scales)
+    with pytest.raises(ValueError, match="scales, biases: must be floating"):
+        dequantize(w_q, scales.int(), biases.int())
+    with pytest.raises(ValueError, match="dtype: must be floating"):
+        dequantize(w_q, scales, biases, dtype=torch.int32)
     with pytest.raises(ValueError, match="w: needs 2 dimensions"):
         quantize(torch.randn(2, 100))
     with pytest.raises(IndexError, match="rhs_indices"):

@@ -49,6 +49,9 @@ def test_sort_and_argsort_are_numpy(dtype: torch.dtype, shape: tuple[int, ...], 
     assert out.dtype == dtype
     np.testing.assert_array_equal(as_numpy(out), np.sort(as_numpy(a), axis=axis, kind="stable"))
     np.testing.assert_array_equal(order.numpy(), np.argsort(as_numpy(a), axis=axis, kind="stable"))
+    if dtype.is_floating_point:  # -0.0 and 0.0 are equal and keep their order
+        line, dim = (a.flatten(), 0) if axis is None else (a, axis)
+        assert torch.equal(out.signbit(), line.signbit().gather(dim, order))
 
 
 @settings(max_examples=60, deadline=None)

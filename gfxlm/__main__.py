@@ -1,0 +1,5 @@
+"""`python -m gfxlm`."""
+
+from gfxlm.cli import main
+
+main()

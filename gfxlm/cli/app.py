@@ -1,0 +1,80 @@
+"""What `gfxlm` consists of, and what becomes of the errors of its commands."""
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gfxlm import __version__
+from gfxlm.cli import bench, chat, convert, generate, info, perplexity
+from gfxlm.errors import GenerationError, UserError
+
+
+class Commands(TyperGroup):
+    """The commands. Their errors become one line on stderr and an exit code, as do Ctrl-C and a closed pipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        # Progress and warnings of the libraries below would mix with ours.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more as it ends; there, the error could no longer be caught.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+        except UserError as error:
+            raise _complaint(str(error), 2) from error
+        except OSError as error:
+            raise _complaint(str(error), 2) from error
+        except GenerationError as error:
+            raise _complaint(str(error), 1) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _complaint("out of memory; a shorter context or a smaller batch needs less", 1) from error
+
+
+def _complaint(message: str, code: int) -> typer.Exit:
+    print(f"gfxlm: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's own class cannot be named here without importing torch; its CPU allocator raises a bare RuntimeError.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gfxlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def gfxlm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """MLX-format language models, fast on AMD GPUs, NVIDIA GPUs and plain CPUs."""
+
+
+for command in (generate.generate, chat.chat, perplexity.perplexity, bench.bench, info.info, convert.convert):
+    app.command()(command)

@@ -1,0 +1,198 @@
+"""Options that several commands share, as groups that become single parameters on the command line."""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from gfxlm.cli.progress import progress_bar
+from gfxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from gfxlm.engine.tokenizer import Tokenizer
+    from gfxlm.models.base import CausalLM
+
+
+class DType(StrEnum):
+    """The float types that a model can run in."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses of options: typer sees their fields, the command gets the dataclasses."""
+    groups: dict[str, Any] = {}
+    parameters = []
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            parameters += _parameters(hints[name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            members = {field.name: values.pop(field.name) for field in fields(group)}
+            values[name] = group(**members)
+        command(**values)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]
+
+
+_MODEL = {"rich_help_panel": "Model"}
+_SAMPLING = {"rich_help_panel": "Sampling (the defaults are the model's own, from its generation_config.json)"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model folder or a hub name. [default: the built-in model]", **_MODEL)
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", **_MODEL)] = None
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type of activations and scales. [default: the checkpoint's]", **_MODEL)
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda (ROCm too), cuda:1. [default: a GPU if there is one]", **_MODEL)
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own Python code.", **_MODEL)
+    ] = False
+
+    @property
+    def path(self) -> str:
+        """The folder or hub name, "builtin" where none was given."""
+        from gfxlm.engine.load import BUILT_IN
+
+        return self.model or BUILT_IN
+
+    def load(self) -> "tuple[CausalLM, Tokenizer]":
+        """Load the model and its tokenizer, under a progress bar."""
+        import torch
+
+        from gfxlm.engine.load import load
+
+        with progress_bar("loading", in_bytes=True) as progress:
+            return load(
+                self.path,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                dtype=getattr(torch, self.dtype) if self.dtype else None,
+                device=self.device,
+                progress=progress,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen, and what ends a text. What is not given is left to the model."""
+
+    temp: Annotated[
+        float | None, typer.Option("--temp", "--temperature", help="Temperature; 0 is greedy.", **_SAMPLING)
+    ] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass.", **_SAMPLING)] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest one.", **_SAMPLING)
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all.", **_SAMPLING)] = None
+    min_tokens_to_keep: Annotated[
+        int | None, typer.Option(help="Tokens that min-p never drops. [default: 1]", **_SAMPLING)
+    ] = None
+    xtc_probability: Annotated[
+        float | None, typer.Option(help="How often XTC drops the likeliest tokens. [default: 0]", **_SAMPLING)
+    ] = None
+    xtc_threshold: Annotated[
+        float | None, typer.Option(help="Tokens likelier than this are XTC's. [default: 0.1]", **_SAMPLING)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divide the scores of recent tokens by this.", **_SAMPLING)
+    ] = None
+    repetition_context_size: Annotated[
+        int | None, typer.Option(help="How many tokens are recent to the repetition penalty. [default: 20]", **_SAMPLING)
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Subtract this from the scores of recent tokens.", **_SAMPLING)
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Subtract this for each time a token occurred of late.", **_SAMPLING)
+    ] = None
+    logit_bias: Annotated[
+        str | None, typer.Option(help='Added to scores: {"token id": bias}.', metavar="JSON", **_SAMPLING)
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Makes the random choices repeatable.", **_SAMPLING)] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string; may be given again.", **_SAMPLING)
+    ] = None
+    extra_eos_token: Annotated[
+        list[str] | None, typer.Option(help="A token that ends the text too; may be given again.", **_SAMPLING)
+    ] = None
+
+    def params(self) -> dict[str, Any]:
+        """The options as fields of `SamplingParams`. Raises UserError for a value out of range, before any loading."""
+        from gfxlm.engine.params import SamplingParams
+
+        given = {
+            "temperature": self.temp,
+            "logit_bias": _logit_bias(self.logit_bias) if self.logit_bias else None,
+            "stop": [unescaped(string) for string in self.stop] if self.stop else None,
+        }
+        for name in SamplingParams.__dataclass_fields__:
+            if name not in given and hasattr(self, name):
+                given[name] = getattr(self, name)
+        given = {name: value for name, value in given.items() if value is not None}
+        SamplingParams(**given)
+        return given
+
+    def prepare(self, params: dict[str, Any], tokenizer: "Tokenizer") -> dict[str, Any]:
+        """Tell the tokenizer of further end tokens; the parameters, with the tokens that XTC must not drop."""
+        for token in self.extra_eos_token or ():
+            tokenizer.add_eos_token(token)
+        if not self.xtc_probability:
+            return params
+        return params | {"xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]}
+
+
+def unescaped(text: str) -> str:
+    r"""Text from the command line with `\n` and `\t` turned into what they stand for, as mlx-lm does."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that an option holds. Raises UserError naming the option."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option}: expected a JSON object, but got {text}")
+    return value
+
+
+def _logit_bias(text: str) -> dict[int, float]:
+    entries = json_object("--logit-bias", text)
+    for token in entries:
+        if not token.isdecimal():
+            raise UserError(f"--logit-bias: {token!r} is no token id")
+    return {int(token): bias for token, bias in entries.items()}
