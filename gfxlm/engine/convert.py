@@ -44,7 +44,8 @@ _COMPANIONS = (
     "generation_config.json",
     "*.py",
 )
-_BLOCK_ELEMENTS = 1 << 24
+# Larger blocks leave the processor's caches: 1 << 24 quantises five times slower.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def convert(

@@ -16,41 +16,41 @@ _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def slice_update(
-    a: Tensor,
+    x: Tensor,
     update: Tensor,
-    start_indices: Tensor | Sequence[int] | int,
+    starts: Tensor | Sequence[int] | int,
     axes: Sequence[int] | int,
     reduce: str | None = None,
 ) -> Tensor:
-    """A copy of `a` with `update` written at `start_indices` along `axes`; `a` itself is untouched.
+    """A copy of `x` with `update` written at `starts` along `axes`; `x` itself is untouched.
 
     Axes that are not named start at 0. The window has the shape of `update`; leading axes that `update` lacks
-    are filled whole, or with one entry if they are named. `update` is cast to a's type. `reduce` is None
+    are filled whole, or with one entry if they are named. `update` is cast to x's type. `reduce` is None
     (replace), "sum", "prod", "max" or "min" of old and new: integers wrap around, bool is or/and, NaN wins
     max and min.
 
-    ValueError if an argument does not fit, or a start puts the window outside `a`. Starts in a tensor on an
+    ValueError if an argument does not fit, or a start puts the window outside `x`. Starts in a tensor on an
     accelerator are never read back; the nearest window that fits is written.
     """
     if reduce is not None and reduce not in _REDUCE:
         raise ValueError(f"slice_update: reduce must be None or one of {', '.join(_REDUCE)}, got {reduce!r}")
-    named = _axes(axes, a.ndim)
-    shape = _window_shape(a, update, named)
-    update = as_signed(update.to(a.device, a.dtype).expand(shape))
-    out = a.clone()
+    named = _axes(axes, x.ndim)
+    shape = _window_shape(x, update, named)
+    update = as_signed(update.to(x.device, x.dtype).expand(shape))
+    out = x.clone()
     target = as_signed(out)
-    if isinstance(start_indices, Tensor) and start_indices.device.type != "cpu":
-        index = _index_on_device(a, shape, _starts(start_indices, named), named)
-        target[index] = _combine(target[index], update, reduce, sign_bit(a.dtype))
+    if isinstance(starts, Tensor) and starts.device.type != "cpu":
+        index = _index_on_device(x, shape, _starts(starts, named), named)
+        target[index] = _combine(target[index], update, reduce, sign_bit(x.dtype))
         return out
-    for axis, start in zip(named, _starts(start_indices, named).tolist(), strict=True):
-        if not 0 <= start <= a.shape[axis] - shape[axis]:
+    for axis, start in zip(named, _starts(starts, named).tolist(), strict=True):
+        if not 0 <= start <= x.shape[axis] - shape[axis]:
             raise ValueError(
-                f"slice_update: {shape[axis]} entries from {start} do not fit axis {axis} of {tuple(a.shape)}"
+                f"slice_update: {shape[axis]} entries from {start} do not fit axis {axis} of {tuple(x.shape)}"
             )
         target = target.narrow(axis, start, shape[axis])
     target = target[tuple(slice(size) for size in shape)]
-    target.copy_(_combine(target, update, reduce, sign_bit(a.dtype)))
+    target.copy_(_combine(target, update, reduce, sign_bit(x.dtype)))
     return out
 
 
@@ -69,37 +69,35 @@ def _axes(axes: Sequence[int] | int, ndim: int) -> list[int]:
     return named
 
 
-def _starts(start_indices: Tensor | Sequence[int] | int, named: list[int]) -> Tensor:
-    """The start of every named axis, (len(named),), where start_indices lives."""
-    starts = torch.as_tensor(start_indices)
+def _starts(starts: Tensor | Sequence[int] | int, named: list[int]) -> Tensor:
+    """The start of every named axis, (len(named),), where starts lives."""
+    starts = torch.as_tensor(starts)
     if starts.numel() == 0:
         starts = starts.to(torch.int64)
     if starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool:
-        raise ValueError(f"slice_update: start_indices must be integers, got {starts.dtype}")
+        raise ValueError(f"slice_update: starts must be integers, got {starts.dtype}")
     if starts.ndim > 1 or starts.numel() != len(named):
-        raise ValueError(
-            f"slice_update: start_indices must be ({len(named)},), one per axis, got {tuple(starts.shape)}"
-        )
+        raise ValueError(f"slice_update: starts must be ({len(named)},), one per axis, got {tuple(starts.shape)}")
     return starts.to(torch.int64).reshape(-1)
 
 
-def _window_shape(a: Tensor, update: Tensor, named: list[int]) -> list[int]:
+def _window_shape(x: Tensor, update: Tensor, named: list[int]) -> list[int]:
     """MLX's rule: a missing leading axis is whole unless named; the update's own axes keep their size."""
-    missing = a.ndim - update.ndim
+    missing = x.ndim - update.ndim
     if missing < 0:
-        raise ValueError(f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(a.shape)}")
-    shape = [1 if axis in named else size for axis, size in enumerate(a.shape[:missing])] + list(update.shape)
-    if any(size > limit for size, limit in zip(shape, a.shape, strict=True)):
-        raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than a {tuple(a.shape)}")
+        raise ValueError(f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(x.shape)}")
+    shape = [1 if axis in named else size for axis, size in enumerate(x.shape[:missing])] + list(update.shape)
+    if any(size > limit for size, limit in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than a {tuple(x.shape)}")
     return shape
 
 
-def _index_on_device(a: Tensor, shape: list[int], starts: Tensor, named: list[int]) -> tuple[Tensor, ...]:
-    """One index tensor per axis that together make the window, its starts clamped so that it lies in `a`."""
+def _index_on_device(x: Tensor, shape: list[int], starts: Tensor, named: list[int]) -> tuple[Tensor, ...]:
+    """One index tensor per axis that together make the window, its starts clamped so that it lies in `x`."""
     index = []
     for axis, size in enumerate(shape):
-        entries = torch.arange(size, device=a.device)
+        entries = torch.arange(size, device=x.device)
         if axis in named:
-            entries = entries + starts[named.index(axis)].clamp(0, a.shape[axis] - size)
-        index.append(entries.view([-1 if other == axis else 1 for other in range(a.ndim)]))
+            entries = entries + starts[named.index(axis)].clamp(0, x.shape[axis] - size)
+        index.append(entries.view([-1 if other == axis else 1 for other in range(x.ndim)]))
     return tuple(index)

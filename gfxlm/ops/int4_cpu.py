@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Above this many rows, expanding the weight once and multiplying densely is faster.
@@ -21,9 +22,10 @@ _GROUP_SIZES = (32, 64, 128)
 class Int4Weight:
     """An affine matrix (N, K), or a stack of them (E, N, K), as one or two planes of nibbles, the low one first."""
 
-    planes: tuple[Tensor, ...]  # uint8 (..., N, K / 2)
-    scales_and_zeros: tuple[Tensor, ...]  # bfloat16 (..., K / group_size, N, 2), one a plane
-    biases: Tensor  # bfloat16 (..., N, K / group_size): MLX's own, which the zeros only approximate
+    planes: tuple[Tensor, ...]  # uint8 (..., padded N, K / 2)
+    scales_and_zeros: tuple[Tensor, ...]  # bfloat16 (..., K / group_size, padded N, 2), one a plane
+    biases: Tensor  # bfloat16 (..., padded N, K / group_size): MLX's own, which the zeros only approximate
+    rows: int  # N; the tensors hold zero rows up to the next whole block
     group_size: int
     bits: int
 
@@ -35,7 +37,8 @@ class Int4Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, (N, K) or (E, N, K)."""
-        return (*self.planes[0].shape[:-1], self.planes[0].shape[-1] * 2)
+        *stack, _, half = self.planes[0].shape
+        return (*stack, self.rows, half * 2)
 
     def matrix(self, index: int) -> "Int4Weight":
         """One matrix of a stack, as views."""
@@ -43,6 +46,7 @@ class Int4Weight:
             tuple(plane[index] for plane in self.planes),
             tuple(pair[index] for pair in self.scales_and_zeros),
             self.biases[index],
+            self.rows,
             self.group_size,
             self.bits,
         )
@@ -58,20 +62,22 @@ def _block_rows() -> int:
     return 0
 
 
-def int4_applies(rows: int, columns: int, group_size: int, dtype: torch.dtype) -> bool:
-    """True where this CPU's int4 kernel can hold an affine (rows, columns) matrix and is fast."""
-    block = _block_rows()
-    return bool(
-        block
-        and dtype == torch.bfloat16
-        and group_size in _GROUP_SIZES
-        and rows % block == 0
-        and columns % group_size == 0
-    )
+def int4_applies(group_size: int, dtype: torch.dtype) -> bool:
+    """True where this CPU's int4 kernel can hold an affine matrix and is fast."""
+    return dtype == torch.bfloat16 and group_size in _GROUP_SIZES and _block_rows() > 0
+
+
+def int4_bits_per_weight(bits: int, group_size: int) -> float:
+    """What `int4_pack` makes of a weight: 4 bits a plane, and each group's scale and zero a plane, and its bias."""
+    planes = 1 if bits <= 4 else 2
+    return 4 * planes + 16 * (2 * planes + 1) / group_size
 
 
 def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bits: int) -> Int4Weight:
     """Pack codes uint8 (..., N, K) of `bits` bits with bfloat16 scales and biases (..., N, K / group_size)."""
+    rows = codes.shape[-2]
+    padding = (0, 0, 0, -rows % _block_rows())
+    codes, scales, biases = (F.pad(t, padding) for t in (codes, scales, biases))
     shift = _centring_shift(bits)
     nibbles = (codes + shift,) if bits <= 4 else (codes & 15, (codes >> 4) + shift)
     steps = (scales,) if bits <= 4 else (scales, 16 * scales)
@@ -82,6 +88,7 @@ def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bi
         tuple(_pack(plane) for plane in nibbles),
         tuple(torch.stack((s.mT, z.to(s.dtype).mT), -1).contiguous() for s, z in zip(steps, offsets, strict=True)),
         biases.contiguous(),
+        rows,
         group_size,
         bits,
     )
@@ -115,7 +122,9 @@ def _join(nibbles: list[Tensor], bits: int) -> Tensor:
 def int4_codes(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
     """What was packed: codes uint8 (..., N, K), scales and biases (..., N, K / group_size)."""
     codes = _join([_unpack(plane, _block_rows()) for plane in weight.planes], weight.bits)
-    return codes, weight.scales_and_zeros[0][..., 0].mT.contiguous(), weight.biases
+    padded = (codes, weight.scales_and_zeros[0][..., 0].mT, weight.biases)
+    codes, scales, biases = (t[..., : weight.rows, :].contiguous() for t in padded)
+    return codes, scales, biases
 
 
 def int4_rows(weight: Int4Weight, rows: Tensor) -> Tensor:
@@ -135,7 +144,7 @@ def int4_rows(weight: Int4Weight, rows: Tensor) -> Tensor:
 
 def int4_dense(weight: Int4Weight) -> Tensor:
     """One matrix dequantised and transposed, bfloat16 (K, N): the order in which the packed layout is read fastest."""
-    (n, columns), block = weight.shape, _block_rows()
+    n, columns, block = weight.biases.shape[0], weight.shape[1], _block_rows()
 
     def nibbles(plane: Tensor) -> Tensor:
         lanes = plane.view(n // block, columns, block // 2).transpose(0, 1)
@@ -146,7 +155,7 @@ def int4_dense(weight: Int4Weight) -> Tensor:
 
     codes = _join([nibbles(plane) for plane in weight.planes], weight.bits).view(-1, weight.group_size, n)
     scales, biases = weight.scales_and_zeros[0][..., 0], weight.biases.mT
-    return torch.addcmul(biases[:, None], codes, scales[:, None]).view(columns, n)
+    return torch.addcmul(biases[:, None], codes, scales[:, None]).view(columns, n)[:, : weight.rows]
 
 
 def int4_matmul(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -158,7 +167,7 @@ def int4_matmul(x: Tensor, weight: Int4Weight) -> Tensor:
         out = _plane_matmul(flat.contiguous(), weight, 0)
         if len(weight.planes) == 2:
             out += _plane_matmul(flat.contiguous(), weight, 1)
-    return out.view(*x.shape[:-1], -1)
+    return out[:, : weight.rows].view(*x.shape[:-1], weight.rows)
 
 
 def _plane_matmul(x: Tensor, weight: Int4Weight, plane: int) -> Tensor:

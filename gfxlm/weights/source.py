@@ -69,25 +69,29 @@ class WeightSource:
         scales, w = self._tensors.get(f"{path}.scales"), self._tensors.get(f"{path}.weight")
         if scales is None or w is None:
             return None
-        return self._quantization.of(path, columns, w.shape[-1], scales.shape[-1], scales.dtype)
+        words, groups = (t.shape[-1] if t.shape else 0 for t in (w, scales))
+        return self._quantization.of(path, columns, words, groups, scales.dtype)
 
     def _stored(self, path: str, shape: tuple[int, ...], q: Quantization) -> tuple[Tensor, ...]:
         """MLX's packed tensors of one matrix, with their shapes checked."""
         *leading, columns = shape
-        self._expect(f"{path}.weight", (*leading, q.packed_columns(columns)))
         names = [f"{path}.weight", f"{path}.scales"] + ([f"{path}.biases"] if q.affine else [])
+        self._expect(names[0], (*leading, q.packed_columns(columns)), torch.uint32)
         for name in names[1:]:
-            self._expect(name, (*leading, columns // q.group_size))
+            self._expect(name, (*leading, columns // q.group_size), None if q.affine else torch.uint8)
         if f"{path}.global_scale" in self._tensors:
             raise UserError(f"{path}.global_scale: nvfp4 weights with a global scale are not supported yet")
         return tuple(self._read(name).to(self.device) for name in names)
 
-    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+        """The tensor is there in this shape and type, where None stands for any floating type."""
         if name not in self._tensors:
             raise UserError(f"{name}: missing in the checkpoint")
-        found = self._tensors[name].shape
-        if found != shape:
-            raise UserError(f"{name}: shape {found} contradicts the config, which makes it {shape}")
+        found = self._tensors[name]
+        if found.shape != shape:
+            raise UserError(f"{name}: shape {found.shape} contradicts the config, which makes it {shape}")
+        if found.dtype != dtype if dtype else not found.dtype.is_floating_point:
+            raise UserError(f"{name}: stored as {found.dtype}, but it should be {dtype or 'floating'}")
 
     def _read(self, name: str) -> Tensor:
         self._taken.add(name)

@@ -84,8 +84,7 @@ class PackedWeight(Weight):
         if q.affine:
             assert biases is not None
             scales, biases = scales.to(dtype), biases.to(dtype)
-            columns = scales.shape[-1] * q.group_size
-            if w.device.type == "cpu" and int4_applies(w.shape[-2], columns, q.group_size, dtype):
+            if w.device.type == "cpu" and int4_applies(q.group_size, dtype):
                 return cls(int4_pack(unpack_codes(w, q.bits), scales, biases, q.group_size, q.bits), q, dtype)
             if w.device.type != "cpu":
                 # Side by side, a scale and its bias are one load.
