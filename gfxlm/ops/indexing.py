@@ -85,10 +85,10 @@ def _window_shape(x: Tensor, update: Tensor, named: list[int]) -> list[int]:
     """MLX's rule: a missing leading axis is whole unless named; the update's own axes keep their size."""
     missing = x.ndim - update.ndim
     if missing < 0:
-        raise ValueError(f"slice_update: update {tuple(update.shape)} has more dimensions than a {tuple(x.shape)}")
+        raise ValueError(f"slice_update: update {tuple(update.shape)} has more dimensions than x {tuple(x.shape)}")
     shape = [1 if axis in named else size for axis, size in enumerate(x.shape[:missing])] + list(update.shape)
     if any(size > limit for size, limit in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than a {tuple(x.shape)}")
+        raise ValueError(f"slice_update: update {tuple(update.shape)} is larger than x {tuple(x.shape)}")
     return shape
 
 

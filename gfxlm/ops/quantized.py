@@ -8,6 +8,7 @@ from torch import Tensor
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _E2M1_MAX, _E4M3_MAX = 6.0, 448.0
 
 
@@ -63,10 +64,9 @@ def _float_codes(groups: Tensor, q: Quantization, global_scale: Tensor | None) -
     if q.mode == "nvfp4":
         encode = torch.ones(()) if global_scale is None else _E4M3_MAX * _E2M1_MAX / global_scale.float()
         stored = _to_e4m3(scale * encode)
-        # A group of zeros has scale 0: 0 / 0 has no nearest code, and its code is 0.
-        scaled = torch.nan_to_num(
-            groups / stored.to(groups.dtype)[..., None] * encode, nan=0.0, posinf=torch.inf, neginf=-torch.inf
-        )
+        scaled = groups / stored.to(groups.dtype)[..., None] * encode
+        # A group too small for E4M3 has scale 0: nothing is near its quotients, and its codes are 0.
+        scaled = torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
         scales = stored.view(torch.uint8)
     else:
         exponent = torch.where(scale == 0, 0.0, torch.ceil(torch.log2(scale.float())))
@@ -78,16 +78,9 @@ def _float_codes(groups: Tensor, q: Quantization, global_scale: Tensor | None) -
 
 
 def _nearest_e2m1(x: Tensor) -> Tensor:
-    """The code of the nearest E2M1 value, the first one of MLX's table where two are equally near."""
-    table = torch.tensor(_E2M1, dtype=x.dtype, device=x.device)
-    best = torch.full_like(x, torch.inf)
-    codes = torch.zeros_like(x, dtype=torch.uint8)
-    for code in range(16):
-        distance = (x - table[code]).abs()
-        nearer = distance < best
-        best = torch.where(nearer, distance, best)
-        codes.masked_fill_(nearer, code)
-    return codes
+    """The code of the nearest E2M1 value; where two are equally near, the one nearer to zero, as in MLX."""
+    code = torch.bucketize(x.float().abs(), torch.tensor(_E2M1_MIDDLES, device=x.device), out_int32=True)
+    return (code | ((x < 0) & (code > 0)) << 3).to(torch.uint8)
 
 
 def _to_e4m3(x: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def test_starts_on_a_gpu(dtype: torch.dtype) -> None:
     [
         ((torch.ones(2, 2), [3, 3], (0, 1)), "2 entries from 3 do not fit axis 0"),
         ((torch.ones(2, 2), [0, -1], (0, 1)), "2 entries from -1 do not fit axis 1"),
-        ((torch.ones(5, 2), [0, 0], (0, 1)), "larger than a"),
+        ((torch.ones(5, 2), [0, 0], (0, 1)), "larger than x"),
         ((torch.ones(1, 2, 2), [0, 0], (0, 1)), "more dimensions"),
         ((torch.ones(2, 2), [0, 0], (0, 0)), "twice"),
         ((torch.ones(2, 2), [0, 0], (0, 2)), "axis 2 is out of bounds"),
