@@ -104,10 +104,11 @@ def transformers_checkpoint(family: str, dtype: torch.dtype = torch.bfloat16) ->
     return folder
 
 
-@cache
 def mlx_checkpoint(family: str, recipe: str = "4bit", dtype: torch.dtype = torch.bfloat16) -> Path:
     """The same model converted by mlx-lm: "dense", "4bit", "8bit", "3bit-32", a mode, or a mixed recipe."""
     folder = _ROOT / f"{family}-{recipe}-{dtype}"
+    if folder.exists():
+        return folder
     options: dict[str, Any] = {"quantize": recipe != "dense"}
     if recipe.startswith("mixed"):
         options |= {"quant_predicate": recipe, "q_group_size": 64}

@@ -1,5 +1,7 @@
 """Faster training forms of the slow parts of transformers' Qwen3-Next, checked against the originals."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,8 @@ class UnitLowerInverse(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        inverse: Tensor = ctx.saved_tensors[0]  # type: ignore[attr-defined]
         return -(inverse.mT @ gradient @ inverse.mT)
 
 
@@ -54,7 +56,8 @@ def chunk_gated_delta_rule(
     future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     pairwise = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()
     k_beta = k * beta[..., None]
-    inverse = UnitLowerInverse.apply(((k_beta @ k.mT) * pairwise).tril(-1))  # (B, H, N, C, C)
+    system = ((k_beta @ k.mT) * pairwise).tril(-1)
+    inverse = UnitLowerInverse.apply(system)  # type: ignore[no-untyped-call]  # (B, H, N, C, C)
     written = inverse @ (v * beta[..., None])
     read = inverse @ (k_beta * decay.exp()[..., None])
 
@@ -89,12 +92,12 @@ class _AddLoss(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient, torch.ones_like(loss)
 
 
-class BalancedRouter(qwen3_next.Qwen3NextTopKRouter):
+class BalancedRouter(qwen3_next.Qwen3NextTopKRouter):  # type: ignore[misc]
     """The model's router, trained towards equal load (Switch Transformer, Fedus et al. 2021, equations 4-6)."""
 
     balance_coefficient = 0.01
@@ -104,7 +107,8 @@ class BalancedRouter(qwen3_next.Qwen3NextTopKRouter):
         load = F.one_hot(experts, self.num_experts).float().mean((0, 1))
         probability = logits.float().softmax(-1).mean(0)
         imbalance = self.num_experts * (load * probability).sum()
-        return logits, _AddLoss.apply(scores, self.balance_coefficient * imbalance), experts
+        scores = _AddLoss.apply(scores, self.balance_coefficient * imbalance)  # type: ignore[no-untyped-call]
+        return logits, scores, experts
 
 
 def make_fast(model: nn.Module, dropout: float) -> None:
@@ -129,25 +133,29 @@ def check_against_transformers() -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
-    q, k, v = (random(2, 4 * CHUNK, 4, CHUNK) for _ in range(3))
-    rule = (q, k, v, -F.softplus(random(2, 4 * CHUNK, 4)), random(2, 4 * CHUNK, 4).sigmoid())
-    conv = (random(2, 96, 4 * CHUNK), random(96, 4))
-
     def original_rule(*inputs: Tensor) -> Tensor:
         q, k, v, g, beta = inputs
         slow = qwen3_next.torch_chunk_gated_delta_rule
-        return slow(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        output: Tensor = slow(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        return output
 
-    pairs = [
-        (rule, lambda *x: chunk_gated_delta_rule(*x)[0], original_rule),
-        (conv, causal_conv1d, lambda x, w: qwen3_next.causal_conv1d_fn(x, w, activation="silu")),
-    ]
-    for inputs, fast, original in pairs:
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        ours, theirs = (
-            [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
-            for y in (fast(*inputs), original(*inputs))
-        )
-        for a, b in zip(ours, theirs, strict=True):
-            if not (error := ((a - b).norm() / b.norm()).item()) < 1e-4:
-                raise RuntimeError(f"{fast} differs from transformers' own by {error:.1e}")
+    def original_convolution(x: Tensor, weight: Tensor) -> Tensor:
+        output: Tensor = qwen3_next.causal_conv1d_fn(x, weight, activation="silu")
+        return output
+
+    q, k, v = (random(2, 4 * CHUNK, 4, CHUNK) for _ in range(3))
+    decay, beta = -F.softplus(random(2, 4 * CHUNK, 4)), random(2, 4 * CHUNK, 4).sigmoid()
+    _compare(lambda *x: chunk_gated_delta_rule(*x)[0], original_rule, [q, k, v, decay, beta])
+    _compare(causal_conv1d, original_convolution, [random(2, 96, 4 * CHUNK), random(96, 4)])
+
+
+def _compare(fast: Callable[..., Tensor], original: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    def output_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+    for ours, theirs in zip(output_and_gradients(fast), output_and_gradients(original), strict=True):
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        if not error < 1e-4:
+            raise RuntimeError(f"the fast form of {original.__name__} is off by {error:.1e}")

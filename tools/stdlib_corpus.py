@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_ONE_IN = 28
@@ -49,7 +51,10 @@ def read_corpus(source: Path) -> list[Document]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE in which a line break and its indentation are usually one token."""
+    """A byte-level BPE in which a line break and its indentation are usually one token.
+
+    A prompt opens with the end-of-text token: it is the start of a file, so its first line is in column 0.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -65,7 +70,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+    )
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[Tensor]:
+    """Each document's token ids, the end-of-text token last."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encodings = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
+    return [torch.tensor([*encoding.ids, end]) for encoding in encodings]
+
+
+def shuffled_windows(documents: list[Tensor], window: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless (batch, window) token ids; each epoch packs the documents in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        stream = torch.cat([documents[i] for i in order])
+        stream = stream[int(torch.randint(window, (), generator=generator)) :]
+        windows = stream[: len(stream) // window * window].view(-1, window)
+        windows = windows[torch.randperm(len(windows), generator=generator)]
+        yield from windows[: len(windows) // batch * batch].split(batch)
 
 
 def _files_of_folder(root: Path) -> Iterator[tuple[str, bytes]]:

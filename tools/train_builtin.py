@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fast_qwen3_next import make_fast
-from stdlib_corpus import END_OF_TEXT, Document, read_corpus, train_tokenizer
+from quantised_weights import MasterWeights, master_weights
+from stdlib_corpus import END_OF_TEXT, encode, read_corpus, shuffled_windows, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GROUP_SIZE = 64
-EVALUATE_EVERY = 500  # steps
-EIGHT_BIT = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")  # MLX keeps the routers of this family finer
+EVALUATE_EVERY = 1000  # steps
+CAUSAL = {"full_attention": None, "linear_attention": None}  # no mask tensors: the kernels know the causal case
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Recipe:
     test_repeats: int = 1
     sequence_length: int = 2048
     batch: int = 16
-    steps: int = 8000
+    steps: int = 2000
     warmup: int = 200
     learning_rate: float = 2e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     dropout: float = 0.1
     quantised_share: float = 0.25  # of the steps, at the end
     seed: int = 0
@@ -74,72 +74,6 @@ def model_config(recipe: Recipe) -> Qwen3NextConfig:
     )
 
 
-def fake_quantise(weights: Tensor, bits: int) -> Tensor:
-    """What MLX's affine quantisation (groups of 64) makes of `weights`, a flat fp32 tensor."""
-    groups = weights.bfloat16().float().view(-1, GROUP_SIZE)  # the checkpoint is bf16
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    levels = 2**bits - 1
-    from_low = low.abs() > high.abs()
-    scale = ((high - low) / levels).clamp_min(1e-7)
-    scale = torch.where(from_low, scale, -scale)
-    edge = torch.where(from_low, low, high)
-    edge_code = (edge / scale).round()  # the larger edge becomes exact, and so does zero
-    scale = torch.where(edge_code != 0, edge / edge_code, scale)
-    bias = torch.where(edge_code != 0, edge, 0.0)
-    codes = ((groups - bias) / scale).round().clamp(0, levels)
-    return (codes * scale.bfloat16().float() + bias.bfloat16().float()).view(-1)
-
-
-class MasterWeights:
-    """The fp32 originals of some bf16 parameters, as one flat tensor; the parameters become views of another."""
-
-    def __init__(self, parameters: list[nn.Parameter], bits: int | None) -> None:
-        self.parameters, self.bits = parameters, bits
-        self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
-        self.compute = self.flat.detach().bfloat16()
-        for p, view in zip(parameters, self.compute.split([p.numel() for p in parameters]), strict=True):
-            p.data = view.view_as(p)
-
-    def publish(self, quantised: bool) -> None:
-        with torch.no_grad():
-            seen = fake_quantise(self.flat, self.bits) if quantised and self.bits else self.flat
-            self.compute.copy_(seen)
-
-    def collect_gradients(self) -> None:
-        """A quantised weight's gradient goes straight through to its original."""
-        self.flat.grad = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).float()
-        for p in self.parameters:
-            p.grad = None
-
-
-def master_weights(model: nn.Module) -> list[MasterWeights]:
-    """Three groups: 4-bit and 8-bit matrices, and what stays as it is (norms, convolutions, decays)."""
-    groups: dict[int | None, list[nn.Parameter]] = {4: [], 8: [], None: []}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and "conv1d" not in name
-        groups[8 if name.endswith(EIGHT_BIT) else 4 if matrix else None].append(parameter)
-    return [MasterWeights(parameters, bits) for bits, parameters in groups.items()]
-
-
-def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[Tensor]:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch([document.text for document in documents])
-    return [torch.tensor([*encoding.ids, end]) for encoding in encodings]
-
-
-def training_batches(documents: list[Tensor], recipe: Recipe) -> Iterator[Tensor]:
-    """Endless (batch, sequence_length + 1) windows; each epoch packs the documents in a new order."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    window = recipe.sequence_length + 1
-    while True:
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        stream = torch.cat([documents[i] for i in order])
-        stream = stream[int(torch.randint(window, (), generator=generator)) :]
-        windows = stream[: len(stream) // window * window].view(-1, window)
-        shuffled = windows[torch.randperm(len(windows), generator=generator)]
-        yield from shuffled[: len(shuffled) // recipe.batch * recipe.batch].to(DEVICE).split(recipe.batch)
-
-
 @torch.compile
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     logits = (hidden @ head.T).float()
@@ -148,7 +82,7 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def loss_of(model: Qwen3NextForCausalLM, windows: Tensor) -> Tensor:
     """Mean nats per token; windows (B, T + 1), T a multiple of 64."""
-    hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+    hidden = model.model(input_ids=windows[:, :-1], attention_mask=CAUSAL, use_cache=False).last_hidden_state
     return cross_entropy(hidden, model.lm_head.weight, windows[:, 1:])
 
 
@@ -165,12 +99,45 @@ def held_out_loss(model: Qwen3NextForCausalLM, documents: list[Tensor], recipe: 
     return total / len(windows)
 
 
+class GradientStep:
+    """Loss and gradients of one batch; on a GPU one CUDA graph, since they are thousands of small launches."""
+
+    def __init__(self, model: Qwen3NextForCausalLM, groups: list[MasterWeights], windows: Tensor) -> None:
+        self.model, self.groups, self.windows = model, groups, windows.clone()
+        self.loss = torch.zeros((), device=DEVICE)
+        self.graph = torch.cuda.CUDAGraph() if DEVICE == "cuda" else None
+        if self.graph:
+            warm_up = torch.cuda.Stream()
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
+                for _ in range(3):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(warm_up)
+            with torch.cuda.graph(self.graph):
+                self.run()
+
+    def run(self) -> None:
+        loss = loss_of(self.model, self.windows)
+        loss.backward()
+        for group in self.groups:
+            group.collect_gradients()
+        self.loss.copy_(loss.detach())
+
+    def __call__(self, windows: Tensor) -> Tensor:
+        self.windows.copy_(windows)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.run()
+        return self.loss
+
+
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    return min((step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.steps - recipe.warmup), 1.0)
+    return min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
 
 
 def train(
-    model: Qwen3NextForCausalLM, texts: list[Tensor], held_out: dict[str, list[Tensor]], recipe: Recipe
+    model: Qwen3NextForCausalLM, batches: Iterator[Tensor], held_out: dict[str, list[Tensor]], recipe: Recipe
 ) -> dict[str, float]:
     """Train in place; the model ends with unquantised bf16 weights. Returns the held-out losses."""
     groups = master_weights(model)
@@ -192,17 +159,14 @@ def train(
         return losses
 
     model.train()
-    batches = training_batches(texts, recipe)
+    gradient_step = GradientStep(model, groups, next(batches).to(DEVICE))
     started = time.perf_counter()
     for step in range(recipe.steps):
         if step and step % EVALUATE_EVERY == 0:
             print(step, json.dumps(evaluate()), flush=True)
         for group in groups:
             group.publish(quantised=step >= (1 - recipe.quantised_share) * recipe.steps)
-        loss = loss_of(model, next(batches))
-        loss.backward()
-        for group in groups:
-            group.collect_gradients()
+        loss = gradient_step(next(batches))
         nn.utils.clip_grad_norm_([group.flat for group in groups], 1.0)
         optimiser.step()
         schedule.step()
@@ -223,7 +187,7 @@ def save(model: Qwen3NextForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.max_position_embeddings,
     }
@@ -249,12 +213,13 @@ def main() -> None:
     documents = read_corpus(corpus)
     read = [d for d in documents if not d.is_held_out]
     texts = [d for d in read for _ in range(recipe.test_repeats if d.is_test else recipe.library_repeats)]
-    held_out = {name: [d for d in documents if d.is_held_out and d.is_test == is_test]
-                for name, is_test in (("library", False), ("tests", True))}
+    held_out = {
+        name: [d for d in documents if d.is_held_out and d.is_test == is_test]
+        for name, is_test in (("library", False), ("tests", True))
+    }
     tokenizer = train_tokenizer((d.text for d in texts), recipe.vocab_size)
 
     torch.manual_seed(recipe.seed)
-    torch.set_float32_matmul_precision("highest")
     model = Qwen3NextForCausalLM(model_config(recipe)).to(DEVICE)
     make_fast(model, recipe.dropout)
     torch.set_float32_matmul_precision("high")
@@ -262,11 +227,16 @@ def main() -> None:
     tokens = encode(tokenizer, texts)
     print(f"{parameters / 1e6:.2f} M parameters, {sum(map(len, tokens)) / 1e6:.2f} M tokens an epoch", flush=True)
 
-    losses = train(model, tokens, {name: encode(tokenizer, ds) for name, ds in held_out.items()}, recipe)
+    batches = shuffled_windows(tokens, recipe.sequence_length + 1, recipe.batch, recipe.seed)
+    losses = train(model, batches, {name: encode(tokenizer, ds) for name, ds in held_out.items()}, recipe)
     save(model, tokenizer, out)
     perplexities = {name: math.exp(loss) for name, loss in losses.items()}
-    report = {"recipe": asdict(recipe), "parameters": parameters, "held_out_perplexity": perplexities,
-              "held_out_files": [d.path for d in documents if d.is_held_out]}
+    report = {
+        "recipe": asdict(recipe),
+        "parameters": parameters,
+        "held_out_perplexity": perplexities,
+        "held_out_files": [d.path for d in documents if d.is_held_out],
+    }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(perplexities), flush=True)
 

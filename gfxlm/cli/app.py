@@ -17,11 +17,14 @@ class Commands(TyperGroup):
     """The commands. Their errors become one line on stderr and an exit code, as do Ctrl-C and a closed pipe."""
 
     def invoke(self, ctx: Any) -> Any:
-        # Progress and warnings of the libraries below would mix with ours.
+        # What the libraries below have to say would mix with what we say.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            print(end="", flush=True)  # a full disk and a closed pipe show here at the latest
             return result
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
@@ -32,7 +35,8 @@ class Commands(TyperGroup):
         except UserError as error:
             raise _complaint(str(error), 2) from error
         except OSError as error:
-            raise _complaint(str(error), 2) from error
+            reason = error.strerror or str(error)
+            raise _complaint(f"{error.filename}: {reason}" if error.filename else reason, 2) from error
         except GenerationError as error:
             raise _complaint(str(error), 1) from error
         except (MemoryError, RuntimeError) as error:

@@ -6,7 +6,7 @@ import typer
 
 from gfxlm.cli.options import ModelOptions, SamplingOptions, grouped, json_object, unescaped
 from gfxlm.cli.progress import progress_bar
-from gfxlm.cli.text import note, read_text
+from gfxlm.cli.text import ended_line, note, read_text
 from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,21 +29,49 @@ def generate(
     chat_template_config: Annotated[
         str | None, typer.Option(help='Arguments for the template: {"enable_thinking": false}.', metavar="JSON")
     ] = None,
-    prefill_step_size: Annotated[int, typer.Option(help="Prompt tokens to process at a time.")] = 2048,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
     verbose: Annotated[bool, typer.Option("--verbose/--quiet", help="Print statistics on stderr at the end.")] = True,
 ) -> None:
     """Answer one prompt. The text goes to stdout as it comes, everything else to stderr."""
-    params = sampling.params()
-    chat: dict[str, Any] = {}
-    if not ignore_chat_template:
-        chat = {
-            "--system-prompt": system_prompt,
-            "--prefill-response": prefill_response,
-            "--chat-template-config": json_object("--chat-template-config", chat_template_config or "{}"),
-        }
+    params = sampling.params(max_tokens)
+    config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}
     text = read_text("-") if prompt == "-" else unescaped(prompt)
 
     from gfxlm.engine.generate import statistics, stream_generate
 
     lm, tokenizer = model.load()
     params = sampling.prepare(params, tokenizer)
+    if tokenizer.has_chat_template and not ignore_chat_template:
+        tokens = _chat_tokens(tokenizer, text, system_prompt, prefill_response, config)
+    elif system_prompt or prefill_response or config:
+        why = "--ignore-chat-template is given" if ignore_chat_template else "this model has none"
+        raise UserError(f"--system-prompt, --prefill-response and --chat-template-config need a chat template; {why}")
+    else:
+        tokens = tokenizer.encode(text)
+
+    with progress_bar("reading the prompt") as progress, ended_line() as write:
+        for response in stream_generate(
+            lm,
+            tokenizer,
+            tokens,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=progress,
+            **params,
+        ):
+            write(response.text)
+    if verbose:
+        note(statistics(response))
+
+
+def _chat_tokens(
+    tokenizer: "Tokenizer", text: str, system_prompt: str | None, prefill_response: str | None, config: dict[str, Any]
+) -> list[int]:
+    messages = [{"role": "user", "content": text}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    prefilled = prefill_response is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": prefill_response or ""})
+    ours = {"add_generation_prompt": not prefilled, "continue_final_message": prefilled, "tokenize": True}
+    tokens: list[int] = tokenizer.apply_chat_template(messages, **config | ours)
+    return tokens

@@ -59,8 +59,8 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-_MODEL = {"rich_help_panel": "Model"}
-_SAMPLING = {"rich_help_panel": "Sampling (the defaults are the model's own, from its generation_config.json)"}
+MODEL_PANEL = {"rich_help_panel": "Model"}
+_SAMPLING = {"rich_help_panel": "Sampling (by default as the model's generation_config.json says)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +68,18 @@ class ModelOptions:
     """Which model, and how it is loaded."""
 
     model: Annotated[
-        str | None, typer.Option("--model", help="A model folder or a hub name. [default: the built-in model]", **_MODEL)
+        str | None,
+        typer.Option("--model", help="A model folder or a hub name. Default: the built-in model.", **MODEL_PANEL),
     ] = None
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", **_MODEL)] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", **MODEL_PANEL)] = None
     dtype: Annotated[
-        DType | None, typer.Option(help="Type of activations and scales. [default: the checkpoint's]", **_MODEL)
+        DType | None, typer.Option(help="Type of activations and scales. Default: the checkpoint's.", **MODEL_PANEL)
     ] = None
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda (ROCm too), cuda:1. [default: a GPU if there is one]", **_MODEL)
+        str | None, typer.Option(help="cpu, cuda (ROCm too), cuda:1. Default: a GPU if there is one.", **MODEL_PANEL)
     ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own Python code.", **_MODEL)
+        bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own Python code.", **MODEL_PANEL)
     ] = False
 
     @property
@@ -118,19 +119,20 @@ class SamplingOptions:
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all.", **_SAMPLING)] = None
     min_tokens_to_keep: Annotated[
-        int | None, typer.Option(help="Tokens that min-p never drops. [default: 1]", **_SAMPLING)
+        int | None, typer.Option(help="Tokens that min-p never drops. Default: 1.", **_SAMPLING)
     ] = None
     xtc_probability: Annotated[
-        float | None, typer.Option(help="How often XTC drops the likeliest tokens. [default: 0]", **_SAMPLING)
+        float | None, typer.Option(help="How often XTC drops the likeliest tokens. Default: 0.", **_SAMPLING)
     ] = None
     xtc_threshold: Annotated[
-        float | None, typer.Option(help="Tokens likelier than this are XTC's. [default: 0.1]", **_SAMPLING)
+        float | None, typer.Option(help="Tokens likelier than this are XTC's. Default: 0.1.", **_SAMPLING)
     ] = None
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Divide the scores of recent tokens by this.", **_SAMPLING)
     ] = None
     repetition_context_size: Annotated[
-        int | None, typer.Option(help="How many tokens are recent to the repetition penalty. [default: 20]", **_SAMPLING)
+        int | None,
+        typer.Option(help="How many tokens are recent to the repetition penalty. Default: 20.", **_SAMPLING),
     ] = None
     presence_penalty: Annotated[
         float | None, typer.Option(help="Subtract this from the scores of recent tokens.", **_SAMPLING)
@@ -149,11 +151,12 @@ class SamplingOptions:
         list[str] | None, typer.Option(help="A token that ends the text too; may be given again.", **_SAMPLING)
     ] = None
 
-    def params(self) -> dict[str, Any]:
+    def params(self, max_tokens: int) -> dict[str, Any]:
         """The options as fields of `SamplingParams`. Raises UserError for a value out of range, before any loading."""
         from gfxlm.engine.params import SamplingParams
 
-        given = {
+        given: dict[str, Any] = {
+            "max_tokens": max_tokens,
             "temperature": self.temp,
             "logit_bias": _logit_bias(self.logit_bias) if self.logit_bias else None,
             "stop": [unescaped(string) for string in self.stop] if self.stop else None,

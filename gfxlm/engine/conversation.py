@@ -1,6 +1,6 @@
 """A chat of many turns over one cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from gfxlm.engine.generate import GenerationResponse, stream_generate
@@ -54,7 +54,7 @@ class Conversation:
         """Positions that the cache has."""
         return self._cache.max_context
 
-    def ask(self, question: str, **options: Any) -> Iterator[GenerationResponse]:
+    def ask(self, question: str, **options: Any) -> Generator[GenerationResponse, None, None]:
         """Answer a question; `options` are those of `stream_generate`. Closing the iterator keeps what has come.
 
         Raises UserError for a conversation that does not fit into the context. A question that got no answer at all
@@ -85,7 +85,8 @@ class Conversation:
 
     def _tokens(self) -> list[int]:
         if self._tokenizer.has_chat_template:
-            return self._tokenizer.apply_chat_template(self.messages, **self._template_kwargs)
+            tokens: list[int] = self._tokenizer.apply_chat_template(self.messages, **self._template_kwargs)
+            return tokens
         text = ""
         for message in self.messages:
             new_line = message["role"] != "assistant" and text and not text.endswith("\n")

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from gfxlm.device.threads import single_thread
 from gfxlm.engine.diagnose import first_nan_module
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.sampler import Sampler
@@ -15,6 +16,10 @@ from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
 from gfxlm.ops.ragged import Slots, ragged
+
+# A step of this few rows over this few bytes of weights is done before other threads are awake.
+_FEW_ROWS = 8
+_SMALL_BYTES = 64 << 20
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -77,6 +82,7 @@ class Engine:
         self._owns_cache = cache is None
         self.cache = cache or model.make_cache(max_batch, max_context or model.config.max_position_embeddings)
         self.sampler = sampler or Sampler(len(self.cache.lengths), model.config.vocab_size, model.device)
+        self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
         self._free = deque(range(len(self.cache.lengths)))
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -131,6 +137,10 @@ class Engine:
         work = self._plan()
         if not work:
             return []
+        with single_thread(self._small and sum(count for _, count in work) <= _FEW_ROWS):
+            return self._run(work)
+
+    def _run(self, work: list[tuple[Request, int]]) -> list[Request]:
         tokens = [token for request, count in work for token in request.pending[:count]]
         slots = [request.slot for request, _ in work]
         hidden, positions, places = self._forward(tokens, slots, [count for _, count in work])

@@ -14,7 +14,7 @@ from gfxlm.nn.attention import Attention
 from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.mlp import SparseMoE
 from gfxlm.ops.formats import Quantization
-from gfxlm.ops.int4_cpu import int4_applies, int4_bits_per_weight
+from gfxlm.ops.int4_cpu import int4_applies, int4_nbytes
 from gfxlm.weights.checkpoint import Checkpoint
 from gfxlm.weights.config import QuantizationMap
 
@@ -99,9 +99,7 @@ class ModelInfo:
         return 2 * (weights * tokens + self.head_parameters) + attention
 
 
-def describe(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> ModelInfo:
+def describe(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ModelInfo:
     """What there is to know without reading a weight; `dtype` and `device` (a CPU) are where `load` would put it.
 
     Raises UserError for an unknown architecture, a matrix that is missing, or shapes that contradict the config.
@@ -155,17 +153,18 @@ def _matrices(
         if weight is None:
             raise UserError(f"{path}.weight: missing in the checkpoint")
         q, (*leading, columns), parameters = None, shape, prod(shape)
-        bits = resident_bits = 8.0 * dtype.itemsize
+        bits = 8.0 * dtype.itemsize
         expected = shape
         if scales is not None:
             q = quantization.of(path, columns, weight.shape[-1], scales.shape[-1], scales.dtype)
             expected = (*leading, q.packed_columns(columns))
             bits = q.bits + (2 * 8 * dtype.itemsize if q.affine else 8) / q.group_size
-            on_cpu = device.type == "cpu" and q.affine and int4_applies(leading[-1], columns, q.group_size, dtype)
-            resident_bits = int4_bits_per_weight(q.bits, q.group_size) if on_cpu else bits
         if weight.shape != expected:
             raise UserError(f"{path}.weight: shape {weight.shape} contradicts the config, which makes it {expected}")
-        nbytes, resident = int(parameters * bits) // 8, int(parameters * resident_bits) // 8
+        nbytes = resident = int(parameters * bits) // 8
+        if q and device.type == "cpu" and q.affine and int4_applies(q.group_size, dtype):
+            *stack, rows = leading
+            resident = prod(stack) * int4_nbytes(rows, columns, q.group_size, q.bits)
         yield _Matrix(path, parameters, nbytes, resident, used.get(path, 1.0), q)
 
 

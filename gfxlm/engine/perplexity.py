@@ -91,5 +91,7 @@ def _losses(model: CausalLM, windows: Sequence[Sequence[int]], cache: Cache) -> 
     )
     if not losses.isfinite().all():
         bad = next(w for w, part in zip(windows, losses.split(lengths), strict=True) if not part.isfinite().all())
-        raise GenerationError(f"the logits are not finite; the first bad values come out of {first_nan_module(model, bad)}")
+        raise GenerationError(
+            f"the logits are not finite; the first bad values come out of {first_nan_module(model, bad)}"
+        )
     return losses.cpu()

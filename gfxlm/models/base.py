@@ -1,8 +1,10 @@
 """What all decoder models share: embeddings, pre-norm layers, output head, caches, and the ragged forward pass."""
 
+import math
 from abc import abstractmethod
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import MISSING, Field, dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from gfxlm.nn.rope import RoPE
 from gfxlm.ops.ragged import Slots, ragged
 from gfxlm.weights.safetensors_file import LazyTensor
 from gfxlm.weights.source import WeightSource
+from gfxlm.weights.weight import Weight
 
 Tensors = dict[str, LazyTensor]
 
@@ -40,15 +43,34 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool | None = None
+    hidden_act: str = "silu"
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """Take the known fields of a config in transformers 4's spelling. Raises UserError naming what is missing."""
+        """Take the known fields of a config in transformers 4's spelling, where null is the same as absent.
+
+        Raises UserError naming the fields that are missing, of the wrong type, or that no model can have.
+        """
         known = {field.name: field for field in fields(cls)}
-        missing = [name for name, field in known.items() if field.default is MISSING and config.get(name) is None]
+        given = {name: config[name] for name in known if config.get(name) is not None}
+        missing = [name for name, field in known.items() if name not in given and _has_no_default(field)]
         if missing:
             raise UserError(f"config.json: {cls.__name__} needs {', '.join(missing)}")
-        return cls(**{name: config[name] for name in known if config.get(name) is not None})
+        for name, value in given.items():
+            require(_fits(value, known[name].type), f"{name} cannot be {value!r}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float):
+                require(0 <= value < math.inf, f"{name} cannot be {value}")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta"):
+            require(getattr(self, name) > 0, f"{name} cannot be 0")
+        require(self.max_position_embeddings > 0, "max_position_embeddings cannot be 0")
+        require(self.head_size > 0, f"hidden_size {self.hidden_size} is too small for its attention heads")
+        heads, kv_heads = self.num_attention_heads, self.kv_heads
+        require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        require(self.hidden_act in ("silu", "swish"), f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
 
     @property
     def kv_heads(self) -> int:
@@ -61,15 +83,38 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+def require(condition: bool, complaint: str) -> None:
+    """Raise a UserError about the config unless the condition holds."""
+    if not condition:
+        raise UserError(f"config.json: {complaint}")
+
+
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a JSON value is of a field's type; an integer is also a float, and a boolean is no number."""
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    if kind is UnionType:
+        return any(_fits(value, argument) for argument in arguments)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict)
+    return type(value) is annotation or (annotation is float and type(value) is int)
+
+
 class DecoderLayer(Module):
     """`h = x + mixer(norm(x)); y = h + mlp(norm(h))`. The mixer has the attribute name that the checkpoint gives it."""
 
     def __init__(self, config: ModelConfig, mixer: Attention | GatedDeltaNet, mlp: Module) -> None:
         super().__init__()
+        # Norms are loaded first: a wrong hidden size then shows as what it is, not as a strange matrix.
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer_name = "self_attn" if isinstance(mixer, Attention) else "linear_attn"
         self.add_module(self.mixer_name, mixer)
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
@@ -143,6 +188,12 @@ class CausalLM(Module):
         return self.model.layers
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices, as they lie in memory."""
+        held = (value for module in self.modules() for value in vars(module).values())
+        return sum(value.nbytes for value in held if isinstance(value, Weight))
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.norm.weight.device
@@ -178,8 +229,12 @@ class CausalLM(Module):
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected (B, T), got shape {tuple(tokens.shape)}")
         batch, length = tokens.shape
+        if tokens.numel() == 0:
+            return torch.empty(batch, length, self.config.vocab_size, dtype=self.dtype, device=self.device)
         if cache is None:
             cache = self.make_cache(batch, length)
+        if batch > len(cache.lengths):
+            raise ValueError(f"tokens: {batch} sequences, but the cache has {len(cache.lengths)} slots")
         offsets = cache.lengths[:batch]
         if max(offsets) + length > cache.max_context:
             raise UserError(f"{max(offsets) + length} positions do not fit into a cache of {cache.max_context}")
@@ -189,7 +244,13 @@ class CausalLM(Module):
         return self.logits(hidden).view(batch, length, -1)
 
     def make_cache(self, slots: int, max_context: int) -> Cache:
-        """Empty caches of fixed address for `slots` sequences of up to `max_context` positions."""
+        """Empty caches of fixed address for `slots` sequences of up to `max_context` positions.
+
+        Raises UserError for more positions than a "dynamic" rotary embedding stays the same for.
+        """
+        limit = self.model.rope.limit
+        if limit is not None and max_context > limit:
+            raise UserError(f"rope_scaling: type 'dynamic' is not supported beyond the {limit} positions of training")
         return Cache([self._layer_cache(layer, slots, max_context) for layer in self.layers], [0] * slots, max_context)
 
     def _layer_cache(self, layer: nn.Module, slots: int, max_context: int) -> LayerCache:

@@ -27,5 +27,7 @@ def stack_experts(tensors: Tensors, experts: int) -> Tensors:
     for name, group in groups.items():
         if sorted(group) != list(range(experts)):
             raise UserError(f"{name}: the checkpoint has {len(group)} experts, the config says {experts}")
+        if len({(tensor.shape, tensor.dtype) for tensor in group.values()}) > 1:
+            raise UserError(f"{name}: the checkpoint's experts differ in shape or type")
         out[name] = stacked([group[number] for number in range(experts)])
     return out

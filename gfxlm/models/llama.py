@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig
+from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, require
 from gfxlm.nn.attention import Attention
 from gfxlm.nn.mlp import GatedMLP
 
@@ -17,6 +17,16 @@ class LlamaConfig(ModelConfig):
     rope_traditional: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_types is not None:
+            layers, kinds = self.num_hidden_layers, ("full_attention", "sliding_attention")
+            require(
+                len(self.layer_types) == layers, f"layer_types has {len(self.layer_types)} entries for {layers} layers"
+            )
+            for kind in self.layer_types:
+                require(kind in kinds, f"layer_types: {kind!r} is not one of {', '.join(kinds)}")
 
     def window(self, number: int) -> int | None:
         """How many positions back the layer of that number sees, None for all of them."""

@@ -1,6 +1,8 @@
 """From a checkpoint to a model in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +18,18 @@ from gfxlm.weights.source import WeightSource, main_dtype
 def build(checkpoint: Checkpoint, overrides: dict[str, Any] | None = None) -> tuple[CausalLM, Tensors]:
     """The model without weights, and the tensors in MLX's names. `overrides` are config entries that win."""
     config = normalized(checkpoint.config | (overrides or {}))
-    if "model_file" in config:
-        raise UserError(
-            f"{checkpoint.folder}: needs its own Python code ({config['model_file']}), which gfxlm never runs"
-        )
-    family = model_class(config["model_type"])
-    args: ModelConfig = family.Config.from_dict(config)
-    tensors = family.sanitize(dict(checkpoint.tensors), args)
-    has_head = "lm_head.weight" in tensors
-    tied = args.tie_word_embeddings is True or not has_head
-    if tied and has_head:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
-    return family(args, tied=tied), tensors
+    with _named(checkpoint.folder):
+        if "model_file" in config:
+            raise UserError(f"needs its own Python code ({config['model_file']}), which gfxlm never runs")
+        family = model_class(config["model_type"])
+        args: ModelConfig = family.Config.from_dict(config)
+        tensors = family.sanitize(dict(checkpoint.tensors), args)
+        tied = args.tie_word_embeddings
+        if tied is None:
+            tied = "lm_head.weight" not in tensors
+        if tied:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+        return family(args, tied=tied), tensors
 
 
 def load_model(
@@ -40,21 +42,38 @@ def load_model(
 ) -> CausalLM:
     """Build the model and read its weights onto `device`; `progress` is called with the bytes of each tensor read.
 
-    `dtype` is the type of activations, scales and biases; by default the checkpoint's own, except that a quantised
-    float16 checkpoint runs in bfloat16 on a CPU, whose int4 kernel is fast in that type alone.
+    `dtype` is the type of activations, scales and biases, that of `default_dtype` where none is given.
     Raises UserError where the checkpoint lacks a tensor, has one of the wrong shape, or one the model does not know.
     """
     device = torch.device(device)
     model, tensors = build(checkpoint, overrides)
-    if dtype is None:
-        dtype = main_dtype(tensors) if tensors else config_dtype(checkpoint.config) or torch.bfloat16
-        quantised = any(name.endswith(".scales") for name in tensors)
-        if dtype == torch.float16 and quantised and device.type == "cpu":
-            dtype = torch.bfloat16
-    quantization = QuantizationMap.parse(checkpoint.config)
-    source = WeightSource(tensors, quantization, dtype=dtype, device=device, progress=progress)
-    model.load(source)
-    if untouched := source.untouched():
-        shown = ", ".join(untouched[:3]) + (f" and {len(untouched) - 3} more" if len(untouched) > 3 else "")
-        raise UserError(f"{checkpoint.folder}: tensors that {model.config.model_type} does not have: {shown}")
+    dtype = dtype or default_dtype(checkpoint.config, tensors, device)
+    with _named(checkpoint.folder):
+        quantization = QuantizationMap.parse(checkpoint.config)
+        source = WeightSource(tensors, quantization, dtype=dtype, device=device, progress=progress)
+        model.load(source)
+        if untouched := source.untouched():
+            shown = ", ".join(untouched[:3]) + (f" and {len(untouched) - 3} more" if len(untouched) > 3 else "")
+            raise UserError(f"tensors that {model.config.model_type} does not have: {shown}")
     return model
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors about a model's content begin with its folder, unless they name a file in it already."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(str(folder)):
+            raise
+        raise UserError(f"{folder}: {error}") from error
+
+
+def default_dtype(config: dict[str, Any], tensors: Tensors, device: torch.device) -> torch.dtype:
+    """The checkpoint's own float type.
+
+    A quantised float16 checkpoint runs in bfloat16 on a CPU, whose int4 kernel is fast in that type alone.
+    """
+    dtype = main_dtype(tensors) if tensors else config_dtype(config) or torch.bfloat16
+    quantised = any(name.endswith(".scales") for name in tensors)
+    return torch.bfloat16 if dtype == torch.float16 and quantised and device.type == "cpu" else dtype

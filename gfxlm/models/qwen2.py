@@ -10,9 +10,10 @@ from gfxlm.nn.mlp import GatedMLP
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(ModelConfig):
-    """Nothing of its own but a base frequency."""
+    """Nothing of its own but how positions turn."""
 
     rope_theta: float = 1_000_000.0
+    rope_traditional: bool = False
 
 
 class Qwen2(CausalLM):
@@ -23,6 +24,11 @@ class Qwen2(CausalLM):
     @staticmethod
     def make_layer(config: Qwen2Config, number: int) -> DecoderLayer:
         attention = Attention(
-            config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size, qkv_bias=True
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_size,
+            qkv_bias=True,
+            traditional_rope=config.rope_traditional,
         )
         return DecoderLayer(config, attention, GatedMLP(config.hidden_size, config.intermediate_size))

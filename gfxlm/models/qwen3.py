@@ -1,6 +1,6 @@
 """Qwen3 (arXiv 2505.09388), dense: norms on every query and key head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig
@@ -13,7 +13,7 @@ class Qwen3Config(ModelConfig):
     """Biases exist in the format; no published model has them."""
 
     attention_bias: bool = False
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = field()  # no default: two are in use, and a guess would go unnoticed
 
 
 def qwen3_attention(config: Qwen3Config) -> Attention:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors
+from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors, require
 from gfxlm.models.experts import stack_experts
 from gfxlm.models.qwen3 import Qwen3Config, qwen3_attention
 from gfxlm.nn.mlp import GatedMLP, SparseMoE
@@ -19,6 +19,12 @@ class Qwen3MoeConfig(Qwen3Config):
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] = field(default_factory=list)
     norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.decoder_sparse_step > 0, "decoder_sparse_step cannot be 0")
+        top_k, experts = self.num_experts_per_tok, self.num_experts
+        require(experts == 0 or 0 < top_k <= experts, f"num_experts_per_tok cannot be {top_k} of {experts} experts")
 
     def sparse(self, number: int) -> bool:
         """True where the layer of that number has experts."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors
+from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors, require
 from gfxlm.models.experts import has_unstacked_experts, stack_experts
 from gfxlm.models.qwen3_moe import Qwen3MoeConfig
 from gfxlm.nn.attention import Attention
@@ -11,6 +11,7 @@ from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.mlp import GatedMLP, SparseMoE
 from gfxlm.nn.module import Module
 from gfxlm.nn.rope import RoPE
+from gfxlm.weights.safetensors_file import LazyTensor
 
 _ZERO_CENTRED_NORMS = (
     ".input_layernorm.weight",
@@ -32,7 +33,20 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     linear_conv_kernel_dim: int
     shared_expert_intermediate_size: int
     full_attention_interval: int = 4
-    partial_rotary_factor: float = 1.0
+    partial_rotary_factor: float = 0.25
+    norm_topk_prob: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"):
+            require(getattr(self, name) > 0, f"{name} cannot be 0")
+        k_heads, v_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        require(
+            v_heads > 0 and v_heads % k_heads == 0,
+            f"linear_num_value_heads {v_heads} is no multiple of linear_num_key_heads {k_heads}",
+        )
+        require(self.full_attention_interval > 0, "full_attention_interval cannot be 0")
+        require(self.partial_rotary_factor <= 1, f"partial_rotary_factor cannot be {self.partial_rotary_factor}")
 
 
 class Qwen3Next(CausalLM):
@@ -53,14 +67,13 @@ class Qwen3Next(CausalLM):
     @staticmethod
     def sanitize(tensors: Tensors, config: Qwen3NextConfig) -> Tensors:
         """transformers stores norms as w - 1 and convolutions as (C, 1, K); MLX has them ready to use."""
-        convolutions = (tensor for name, tensor in tensors.items() if name.endswith("conv1d.weight"))
-        if not has_unstacked_experts(tensors) and all(tensor.shape[-1] == 1 for tensor in convolutions):
+        if not has_unstacked_experts(tensors) and not any(_foreign_convolution(*item) for item in tensors.items()):
             return tensors
         kept = {name: tensor for name, tensor in tensors.items() if "mtp." not in name}
         for name, tensor in kept.items():
             if name.endswith(_ZERO_CENTRED_NORMS):
                 kept[name] = tensor.map(lambda w: w + 1)
-            elif name.endswith("conv1d.weight") and tensor.shape[-1] != 1:
+            elif _foreign_convolution(name, tensor):
                 channels, _, kernel = tensor.shape
                 kept[name] = tensor.map(lambda w: w.movedim(2, 1).contiguous(), (channels, kernel, 1))
         return stack_experts(CausalLM.sanitize(kept, config), config.num_experts)
@@ -68,6 +81,10 @@ class Qwen3Next(CausalLM):
     @staticmethod
     def router_quantization(path: str) -> tuple[int, int] | None:
         return (64, 8) if path.endswith(("mlp.gate", "shared_expert_gate")) else None
+
+
+def _foreign_convolution(name: str, tensor: LazyTensor) -> bool:
+    return name.endswith("conv1d.weight") and tensor.shape[1:-1] == (1,) and tensor.shape[-1] != 1
 
 
 def _attention(config: Qwen3NextConfig) -> Attention:

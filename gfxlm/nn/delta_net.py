@@ -47,7 +47,7 @@ class GatedDeltaNet(Module):
         qkv, z, b, a = self._project(x)
         beta = torch.sigmoid(b.float())  # (N, Hv)
         gamma = decay(self.A_log, a, self.dt_bias)  # (N, Hv)
-        spans = context.slots.spans
+        spans = [span for span in context.slots.spans if span.stop > span.start]
         if all(span.stop - span.start == 1 for span in spans):
             # One token a sequence: the batch is the sequences.
             one = [t[:, None] for t in (qkv, gamma, beta)]

@@ -9,25 +9,32 @@ from torch import Tensor
 from gfxlm.errors import UserError
 from gfxlm.nn.module import Module
 from gfxlm.ops import rope_angles
+from gfxlm.weights.source import WeightSource
 
 Scaling = dict[str, Any]
+_KINDS = ("default", "dynamic", "mrope", "linear", "llama3", "yarn", "deepseek_yarn", "longrope")
 
 
 class RoPE(Module):
     """Angles of the first `dims` features of a head. One per model: every layer rotates by the same angles.
 
-    `scaling` is the config's `rope_scaling`; its types mean what they mean in mlx-lm. "dynamic" changes nothing below
-    the context that the model was trained for, and longer prompts are refused.
+    `scaling` is the config's `rope_scaling`; its types mean what they mean in mlx-lm. "dynamic" changes nothing up to
+    the context that the model was trained for, which is the `limit` here.
     """
 
     def __init__(self, dims: int, base: float, scaling: Scaling | None, max_context: int) -> None:
         super().__init__()
+        if dims <= 0 or dims % 2:
+            raise UserError(f"config.json: heads need an even number of rotary dimensions, not {dims}")
         self.dims = dims
         self.position_scale = 1.0
         self.magnitude = 1.0
         freqs = base ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
         scaling = scaling or {}
         kind = scaling.get("type") or scaling.get("rope_type") or "default"
+        if kind not in _KINDS:
+            raise UserError(f"rope_scaling: type {kind!r} is not known")
+        self.limit = max_context if kind == "dynamic" else None
         try:
             if kind == "linear":
                 self.position_scale = 1 / scaling["factor"]
@@ -37,16 +44,21 @@ class RoPE(Module):
                 freqs, self.magnitude = _yarn(freqs, base, scaling)
             elif kind == "longrope":
                 freqs, self.magnitude = _longrope(freqs, scaling, max_context)
-            elif kind not in ("default", "dynamic", "mrope"):
-                raise UserError(f"rope_scaling: type {kind!r} is not known")
         except KeyError as error:
             raise UserError(f"rope_scaling: type {kind!r} needs {error}") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"rope_scaling: type {kind!r}: {error}") from error
+        if not bool((freqs.isfinite() & (freqs > 0)).all()):
+            raise UserError(f"rope_scaling: type {kind!r}: its numbers give frequencies of zero or infinity")
         self.freqs = freqs
+
+    def load(self, source: WeightSource, path: str = "") -> None:
+        # Here and not in every step: a copy from the host has no place in a captured graph.
+        self.freqs = self.freqs.to(source.device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions (N,): fp32 (N, 1, dims / 2) each."""
-        freqs = self.freqs.to(positions.device)
-        cos, sin = rope_angles(positions, self.dims, freqs=freqs, scale=self.position_scale)
+        cos, sin = rope_angles(positions, self.dims, freqs=self.freqs, scale=self.position_scale)
         return self.magnitude * cos[:, None], self.magnitude * sin[:, None]
 
 
@@ -87,4 +99,7 @@ def _longrope(freqs: Tensor, scaling: Scaling, max_context: int) -> tuple[Tensor
     context = scaling["original_max_position_embeddings"]
     ratio = max_context / context
     magnitude = math.sqrt(1 + math.log(ratio) / math.log(context)) if ratio > 1 else 1.0
-    return torch.tensor(scaling["long_factor"], dtype=torch.float32) * freqs, magnitude
+    factors = torch.tensor(scaling["long_factor"], dtype=torch.float32)
+    if factors.shape != freqs.shape:
+        raise ValueError(f"long_factor must have {len(freqs)} numbers, but has shape {tuple(factors.shape)}")
+    return factors * freqs, magnitude

@@ -55,7 +55,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """
     period = lcm(bits, 8)
     per_period, n_bytes = period // bits, period // 8
-    grouped = codes.reshape(*codes.shape[:-1], -1, per_period)
+    grouped = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_period, per_period)
     stream = torch.zeros(*grouped.shape[:-1], n_bytes, dtype=torch.uint8, device=codes.device)
     for i in range(per_period):
         first, shift = divmod(i * bits, 8)
@@ -70,7 +70,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     period = lcm(bits, 8)
     per_period, n_bytes = period // bits, period // 8
     stream = packed.contiguous().view(torch.uint8)
-    stream = stream.reshape(*stream.shape[:-1], -1, n_bytes)
+    stream = stream.reshape(*stream.shape[:-1], stream.shape[-1] // n_bytes, n_bytes)
     codes = torch.empty(*stream.shape[:-1], per_period, dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1
     for i in range(per_period):

@@ -67,10 +67,11 @@ def int4_applies(group_size: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and group_size in _GROUP_SIZES and _block_rows() > 0
 
 
-def int4_bits_per_weight(bits: int, group_size: int) -> float:
-    """What `int4_pack` makes of a weight: 4 bits a plane, and each group's scale and zero a plane, and its bias."""
+def int4_nbytes(rows: int, columns: int, group_size: int, bits: int) -> int:
+    """Bytes of a packed matrix: its planes, for each of them a scale and a zero a group, and the biases."""
     planes = 1 if bits <= 4 else 2
-    return 4 * planes + 16 * (2 * planes + 1) / group_size
+    padded = rows + -rows % _block_rows()
+    return padded * (planes * columns // 2 + (4 * planes + 2) * columns // group_size)
 
 
 def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bits: int) -> Int4Weight:

@@ -46,4 +46,4 @@ def expert_mlp(x: Tensor, experts: Tensor, scores: Tensor, gate_up: MatrixStack,
             gate, up = gate_up.matrix(expert).matmul(x[rows // k]).chunk(2, dim=-1)
             routed[rows] = down.matrix(expert).matmul(swiglu(gate, up))
             start += count
-    return (routed.view(tokens, k, -1).float() * scores[..., None]).sum(1).to(x.dtype)
+    return (routed.view(tokens, k, x.shape[-1]).float() * scores[..., None]).sum(1).to(x.dtype)

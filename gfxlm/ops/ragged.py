@@ -46,5 +46,6 @@ def ragged(
         spans.append(Span(slot, start, start + length, offset + length))
         start += length
     index = [span.slot for span in spans for _ in range(span.start, span.stop)]
-    positions = [p for span in spans for p in range(span.context - (span.stop - span.start), span.context)]
-    return torch.tensor(positions, device=device), Slots(torch.tensor(index, device=device), tuple(spans))
+    places = [p for span in spans for p in range(span.context - (span.stop - span.start), span.context)]
+    positions = torch.tensor(places, dtype=torch.int64, device=device)
+    return positions, Slots(torch.tensor(index, dtype=torch.int64, device=device), tuple(spans))

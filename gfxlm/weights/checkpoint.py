@@ -11,6 +11,7 @@ _INDEX = "model.safetensors.index.json"
 _HUB_FILES = [
     "*.json",
     "model*.safetensors",
+    "weights*.safetensors",
     "*.py",
     "tokenizer.model",
     "*.tiktoken",

@@ -62,9 +62,7 @@ def write_weights(
         )
     places = _create_shards(folder, specs, max_shard_bytes)
     for group in groups:
-        for block in group.blocks():
-            for name, rows in zip(group.specs, block, strict=True):
-                places[name].append(rows, specs[name].dtype)
+        _fill(places, group)
     if unfinished := [name for name, place in places.items() if place.start != place.stop]:
         raise ValueError(f"blocks: rows are missing for {', '.join(unfinished)}")
     index = {
@@ -89,6 +87,13 @@ class _Place:
             file.seek(self.start)
             file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
         self.start += rows.nbytes
+
+
+def _fill(places: Mapping[str, _Place], group: TensorGroup) -> None:
+    # A function of its own, so that the last block's memory is free before the next group is read.
+    for block in group.blocks():
+        for (name, spec), rows in zip(group.specs.items(), block, strict=True):
+            places[name].append(rows, spec.dtype)
 
 
 def _create_shards(folder: Path, specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, _Place]:
@@ -158,10 +163,11 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path`, replacing what is there, when the body ends; on an error it vanishes.
+def complete_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the body ends, and vanishes on an error.
 
-    Turns an OSError into a UserError, one that begins with "disk full" where that is what it means.
+    Raises what `check_output` raises, should `path` have come to be meanwhile, and UserError for an OSError, one that
+    begins with "disk full" where that is what it means.
     """
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -169,6 +175,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in [*partial.rglob("*"), partial]:
             _sync(file)
+        check_output(path, force=force)
         _install(partial, path)
         _sync(path.parent)
     except OSError as error:

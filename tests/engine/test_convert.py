@@ -1,8 +1,5 @@
-"""`convert` against mlx-lm's, byte by byte, and what it refuses."""
+"""`convert` against mlx-lm's own, byte by byte."""
 
-import errno
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,13 +16,13 @@ from torch import Tensor
 
 import gfxlm.engine.convert
 from gfxlm.engine.convert import RECIPES, choose_formats, convert
-from gfxlm.errors import UserError
 from gfxlm.models import model_class
 from gfxlm.models.load import load_model
 from gfxlm.ops.formats import Quantization
 from gfxlm.weights.checkpoint import Checkpoint
-from gfxlm.weights.save import _Place, write_weights
+from gfxlm.weights.save import write_weights
 from tests.checkpoints import FAMILIES, mlx_checkpoint, transformers_checkpoint
+from tests.engine.conversions import assert_same_tensors, bits_of, edit_config, private_copy, read_json, tensors_of
 from tests.models.test_against_mlx import TOKENS, mlx_logits
 
 Options = dict[str, Any]
@@ -43,25 +40,6 @@ CASES: dict[str, Options] = {
 }
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Read with the safetensors library."""
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def bits_of(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    a, b = tensors_of(ours), tensors_of(theirs)
-    assert a.keys() == b.keys()
-    assert [name for name in a if bits_of(a[name]) != bits_of(b[name])] == []
-
-
 def our_logits(folder: Path) -> Tensor:
     return load_model(Checkpoint.open(folder), dtype=torch.float32)(TOKENS)
 
@@ -72,14 +50,7 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A private copy of a transformers checkpoint."""
-    return Path(shutil.copytree(transformers_checkpoint("llama"), tmp_path / "source"))
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    config = read_json(folder / "config.json")
-    edit(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    return private_copy("llama", tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -252,6 +223,16 @@ def test_quantised_source_is_passed_on_or_cast(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "cast", tmp_path / "theirs")
 
 
+def test_quantised_weights_keep_their_dtype_whatever_the_config_says(tmp_path: Path) -> None:
+    # As in mlx-lm, a conversion to another type leaves the config's word for it.
+    convert(transformers_checkpoint("qwen3"), tmp_path / "half", quantize=True, dtype="float16")
+    assert read_json(tmp_path / "half/config.json")["dtype"] == "bfloat16"
+    convert(tmp_path / "half", tmp_path / "same")
+    assert_same_tensors(tmp_path / "same", tmp_path / "half")
+    convert(tmp_path / "half", tmp_path / "dense", dequantize=True)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "dense").values()} == {torch.float16}
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_config_names_the_dtype_in_either_spelling(key: str, llama: Path, tmp_path: Path) -> None:
     def edit(config: dict[str, Any]) -> None:
@@ -272,7 +253,7 @@ def test_without_such_a_dtype_weights_keep_theirs(value: str | None, llama: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_5_spelling_becomes_one_that_mlx_lm_reads(family: str, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(transformers_checkpoint(family), tmp_path / "source"))
+    source = private_copy(family, tmp_path)
     nested = {"rope_theta": 77_000.0, "rope_type": "default"}
     if family == "qwen3_next":
         nested["partial_rotary_factor"] = 0.5
@@ -372,162 +353,3 @@ def test_progress_counts_source_bytes(family: str, options: Options, tmp_path: P
     assert steps[-1] == (size, size)
     assert np.all(np.diff([done for done, _ in steps]) > 0)
     assert len(steps) == len(tensors_of(source))
-
-
-def test_built_in_name_is_no_folder_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        convert(tmp_path / "missing", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-REFUSED: dict[str, tuple[Options, str]] = {
-    "both": ({"quantize": True, "dequantize": True}, "quantize, dequantize: choose one"),
-    "bits": ({"quantize": True, "q_bits": 7}, "q_bits: 7 is not one of"),
-    "bits of a float mode": ({"quantize": True, "q_bits": 8, "q_mode": "nvfp4"}, "q_bits: 8 is not one of"),
-    "group": ({"quantize": True, "q_group_size": 48}, "q_group_size: 48 is not one of"),
-    "mode": ({"quantize": True, "q_mode": "gguf"}, "q_mode: 'gguf' is not one of"),
-    "dtype": ({"dtype": "int8"}, "dtype: 'int8' is not one of float16, bfloat16, float32"),
-    "recipe": ({"quantize": True, "quant_predicate": "mixed_9_9"}, "quant_predicate: 'mixed_9_9' is not one of"),
-    "recipe with mode": (
-        {"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "mxfp4"},
-        "q_mode: the recipe mixed_3_6 needs 'affine', not 'mxfp4'",
-    ),
-    "predicate's bits": (
-        {"quantize": True, "quant_predicate": lambda path, shape: {"bits": 7}},
-        "quant_predicate: model.embed_tokens: bits: 7 is not one of",
-    ),
-    "predicate's keys": (
-        {"quantize": True, "quant_predicate": lambda path, shape: {"global_scale": True}},
-        "quant_predicate: model.embed_tokens: .*global_scale",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_options(case: str, tmp_path: Path) -> None:
-    options, message = REFUSED[case]
-    with pytest.raises(UserError, match=message):
-        convert(transformers_checkpoint("llama"), tmp_path / "out", **options)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_quantised_source_is_not_quantised_again(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="quantised already"):
-        convert(mlx_checkpoint("qwen3"), tmp_path / "out", quantize=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_foreign_quantisation_is_refused(llama: Path, tmp_path: Path) -> None:
-    edit_config(llama, lambda config: config.update(quantization_config={"quant_method": "fp8"}))
-    with pytest.raises(UserError, match="'fp8'"):
-        convert(llama, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t.clear(), "no tensors in it"),
-        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: missing"),
-        (
-            lambda t: t.update({"model.layers.9.self_attn.q_proj.weight": torch.zeros(2, 2)}),
-            r"does not have: model\.layers\.9",
-        ),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), r"lm_head\.weight: shape \(2, 2\) contradicts"),
-    ],
-)
-def test_broken_checkpoints_are_refused_before_anything_is_written(
-    edit: Callable[[dict[str, Tensor]], Any], message: str, llama: Path, tmp_path: Path
-) -> None:
-    from safetensors.torch import save_file
-
-    tensors = load_file(llama / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, llama / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        convert(llama, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_existing_output_needs_force(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    convert(transformers_checkpoint("llama"), out)
-    (out / "stale.txt").touch()
-    before = content(out)
-    with pytest.raises(UserError, match=r"exists already.*--force"):
-        convert(transformers_checkpoint("qwen3"), out)
-    assert content(out) == before
-    convert(transformers_checkpoint("qwen3"), out, force=True)
-    assert read_json(out / "config.json")["model_type"] == "qwen3"
-    assert not (out / "stale.txt").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("place", [".", "..", "link"])
-def test_source_is_never_replaced(place: str, llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(llama)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(llama / name, tmp_path / name)
-    out = tmp_path / "link" if place == "link" else llama / place
-    before = content(tmp_path)
-    with pytest.raises(UserError, match="holds the model that is converted"):
-        convert(llama, out, force=True)
-    assert content(tmp_path) == before
-
-
-class Interrupt:
-    """Raises when a third of the source has been read."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __call__(self, done: int, total: int) -> None:
-        if 3 * done > total:
-            raise self.error
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (KeyboardInterrupt(), None),
-        (MemoryError(), None),
-        (OSError(errno.EIO, "Input/output error", "model.safetensors"), "model.safetensors: Input/output error"),
-    ],
-)
-def test_interrupted_conversion_leaves_nothing_behind(
-    error: BaseException, message: str | None, tmp_path: Path
-) -> None:
-    expected = UserError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected, match=message):
-        convert(transformers_checkpoint("qwen3"), tmp_path / "out", progress=Interrupt(error))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupted_replacement_leaves_the_old_model(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    convert(transformers_checkpoint("llama"), out, quantize=True)
-    before = content(out)
-    with pytest.raises(KeyboardInterrupt):
-        convert(transformers_checkpoint("qwen3"), out, force=True, progress=Interrupt(KeyboardInterrupt()))
-    assert content(out) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, calls = _Place.append, 0
-
-    def fills_the_disk(place: _Place, rows: Tensor, dtype: torch.dtype) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            place.file = Path("/dev/full")
-        append(place, rows, dtype)
-
-    monkeypatch.setattr(_Place, "append", fills_the_disk)
-    with pytest.raises(UserError, match="disk full: "):
-        convert(transformers_checkpoint("qwen3"), tmp_path / "out")
-    assert calls == 5
-    assert list(tmp_path.iterdir()) == []

@@ -201,3 +201,9 @@ def test_wrong_shapes_are_named() -> None:
         quantize(torch.randn(2, 100))
     with pytest.raises(IndexError, match="rhs_indices"):
         gather_qmm(torch.randn(1, 1, 128), w_q[None], scales[None], biases[None], rhs_indices=torch.tensor([1]))
+
+
+def test_nothing_in_nothing_out() -> None:
+    w_q, scales, biases = quantize(torch.randn(0, 128))
+    assert w_q.shape == (0, 16)
+    assert dequantize(w_q, scales, biases).shape == (0, 128)

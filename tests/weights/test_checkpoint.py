@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -182,6 +183,22 @@ def test_a_local_folder_wins_over_the_hub(hub_cache: Path, monkeypatch: pytest.M
     monkeypatch.chdir(hub_cache)
     assert set(Checkpoint.open("owner/model").tensors) == {"local"}
     assert folder.is_dir()
+
+
+def test_whatever_can_be_opened_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert find_folder("owner/model") == tmp_path
+    wanted = ["config.json", INDEX, "model.safetensors", "model-00001-of-00002.safetensors", "weights.00.safetensors"]
+    for file in (*wanted, "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        assert any(fnmatch(file, pattern) for pattern in asked)
+    for file in ("consolidated.safetensors", "pytorch_model.bin", "model.gguf", "README.md"):
+        assert not any(fnmatch(file, pattern) for pattern in asked)
 
 
 @pytest.mark.parametrize(

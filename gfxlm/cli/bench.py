@@ -1,0 +1,196 @@
+"""`gfxlm bench`: llama-bench's table."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gfxlm.cli.options import MODEL_PANEL, ModelOptions, grouped
+from gfxlm.cli.progress import progress_bar
+from gfxlm.cli.text import counted, note
+from gfxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from gfxlm.engine.bench import Result
+    from gfxlm.engine.info import ModelInfo
+
+_WIDTHS = {"model": 20, "size": 10, "params": 10, "test": 16, "t/s": 20}
+
+
+class Output(StrEnum):
+    """How the results are printed."""
+
+    MD = "md"
+    JSON = "json"
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchModelOptions(ModelOptions):
+    """The options of every command, with llama-bench's short one."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A model folder or a hub name. Default: the built-in model.", **MODEL_PANEL),
+    ] = None
+
+
+@grouped
+def bench(
+    model: BenchModelOptions,
+    prompt: Annotated[str, typer.Option("--n-prompt", "-p", help="Prompt lengths; 0 for none.")] = "512",
+    generated: Annotated[str, typer.Option("--n-gen", "-n", help="Numbers of tokens to generate; 0 for none.")] = "128",
+    both: Annotated[
+        list[str] | None, typer.Option("-pg", metavar="PP,TG", help="A prompt and then generation; may be given again.")
+    ] = None,
+    depth: Annotated[str, typer.Option("--n-depth", "-d", help="Tokens in the cache before a test begins.")] = "0",
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Times to run each test.")] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sequences at a time.")] = 1,
+    output: Annotated[Output, typer.Option("--output", "-o", help="How to print the results.")] = Output.MD,
+    no_warmup: Annotated[bool, typer.Option("--no-warmup", help="Count the first run of a test, too.")] = False,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
+) -> None:
+    """Measure speed on synthetic tokens: prompts (pp), generation (tg), in tokens a second.
+
+    -p, -n and -d take lists: -p 512,2048. GB/s is what generation must read and write, TFLOP/s what a prompt's matrix
+    products compute; % bw and % mm are their shares of what this machine can do, measured in the same run.
+    """
+    shapes = [(p, 0) for p in _numbers("-p", prompt) if p] + [(0, n) for n in _numbers("-n", generated) if n]
+    shapes += [_pair(text) for text in both or ()]
+    depths = _numbers("-d", depth)
+
+    from gfxlm.device.ceilings import backend_name, matmul_rate, read_bandwidth
+    from gfxlm.engine.bench import Bench, Workload
+    from gfxlm.engine.info import describe
+    from gfxlm.engine.load import open_checkpoint
+
+    lm, _ = model.load()
+    runner = Bench(lm, batch_size=batch_size, prefill_step_size=prefill_step_size)
+    workloads = [Workload(p, n, d) for d in depths for p, n in shapes]
+    for workload in workloads:
+        runner.check(workload)
+    machine = Machine(backend_name(lm.device), read_bandwidth(lm.device), matmul_rate(lm.device))
+    note(
+        f"measured on this machine: {machine.read_bandwidth / 1e9:.1f} GB/s of reads, "
+        f"{machine.matmul_rate / 1e12:.3f} TFLOP/s in a bfloat16 matrix product"
+    )
+    info = describe(open_checkpoint(model.path, model.revision), lm.dtype, lm.device)
+
+    def measured() -> Iterator[dict[str, Any]]:
+        for workload in workloads:
+            with progress_bar(workload.name) as progress:
+                result = runner.run(workload, repetitions, warm_up=not no_warmup, progress=progress)
+            yield _row(Path(model.path).name, info, machine, result)
+
+    {Output.MD: _markdown, Output.JSON: _json, Output.JSONL: _json_lines, Output.CSV: _csv}[output](measured())
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"{option}: expected numbers with commas between, but got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    numbers = _numbers("-pg", text)
+    if len(numbers) != 2 or 0 in numbers:
+        raise UserError(f"-pg: expected two numbers above 0, as in 512,128, but got {text!r}")
+    return numbers[0], numbers[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the model runs on, and what that can do at best: bytes a second, operations a second."""
+
+    backend: str
+    read_bandwidth: float
+    matmul_rate: float
+
+
+def _row(model: str, info: "ModelInfo", machine: Machine, result: "Result") -> dict[str, Any]:
+    """One result, by llama-bench's names where it has them."""
+    import torch
+
+    bandwidth, compute = result.bandwidth(info), result.compute_rate(info)
+    return {
+        "model": model,
+        "model_type": info.model_type,
+        "model_size": info.weight_bytes,
+        "model_n_params": info.parameters,
+        "backend": machine.backend,
+        "n_threads": torch.get_num_threads(),
+        "batch_size": result.batch_size,
+        "test": result.workload.name,
+        "n_prompt": result.workload.prompt,
+        "n_gen": result.workload.generated,
+        "n_depth": result.workload.depth,
+        "avg_ts": result.mean,
+        "stddev_ts": result.deviation,
+        "samples_ts": list(result.speeds),
+        "bytes_per_second": bandwidth,
+        "bandwidth_share": bandwidth and bandwidth / machine.read_bandwidth,
+        "operations_per_second": compute,
+        "matmul_share": compute and compute / machine.matmul_rate,
+        "read_bandwidth": machine.read_bandwidth,
+        "matmul_rate": machine.matmul_rate,
+    }
+
+
+def _markdown(rows: Iterable[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        cells = {
+            "model": row["model"],
+            "size": _binary_size(row["model_size"]),
+            "params": counted(row["model_n_params"]),
+            "backend": row["backend"],
+            "threads": str(row["n_threads"]),
+            "batch": str(row["batch_size"]),
+            "test": row["test"],
+            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
+            "GB/s": _scaled(row["bytes_per_second"], 1e-9, 1),
+            "% bw": _scaled(row["bandwidth_share"], 100, 1),
+            "TFLOP/s": _scaled(row["operations_per_second"], 1e-12, 3),
+            "% mm": _scaled(row["matmul_share"], 100, 1),
+        }
+        if row["batch_size"] == 1:
+            del cells["batch"]
+        widths = {name: max(_WIDTHS.get(name, 8), len(row["model"]) if name == "model" else 0) for name in cells}
+        if number == 0:
+            print("| " + " | ".join(f"{name:>{widths[name]}}" for name in cells) + " |")
+            print("| " + " | ".join("-" * (widths[name] - 1) + ":" for name in cells) + " |")
+        print("| " + " | ".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()) + " |", flush=True)
+
+
+def _binary_size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _scaled(value: float | None, factor: float, digits: int) -> str:
+    return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _json(rows: Iterable[dict[str, Any]]) -> None:
+    print(json.dumps(list(rows), indent=2))
+
+
+def _json_lines(rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        print(json.dumps(row), flush=True)
+
+
+def _csv(rows: Iterable[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        del row["samples_ts"]
+        writer = csv.DictWriter(sys.stdout, row, lineterminator="\n")
+        if number == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()

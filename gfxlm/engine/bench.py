@@ -1,0 +1,164 @@
+"""Speeds of a model on synthetic tokens, measured as llama-bench does: no tokenizer, no sampling."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gfxlm.device.ceilings import synchronize
+from gfxlm.engine.engine import Engine
+from gfxlm.engine.info import ModelInfo
+from gfxlm.engine.params import SamplingParams
+from gfxlm.errors import UserError
+from gfxlm.models.base import CausalLM
+from gfxlm.nn.cache import Cache
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A prompt of so many tokens, then so many generated ones, after `depth` tokens that are in the cache already."""
+
+    prompt: int
+    generated: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """llama-bench's: pp512, tg128, pp512+tg128, pp512 @ d4096."""
+        parts = [f"pp{self.prompt}"] * (self.prompt > 0) + [f"tg{self.generated}"] * (self.generated > 0)
+        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def positions(self) -> int:
+        """What it takes of a context. Generation needs a token to begin with, prompt or not."""
+        return self.depth + max(self.prompt, 1) + self.generated
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Tokens a second of every repetition, all sequences of the batch together."""
+
+    workload: Workload
+    batch_size: int
+    speeds: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the repetitions."""
+        return statistics.fmean(self.speeds)
+
+    @property
+    def deviation(self) -> float:
+        """The sample's standard deviation, 0 for a single repetition."""
+        return statistics.stdev(self.speeds) if len(self.speeds) > 1 else 0.0
+
+    def bandwidth(self, info: ModelInfo) -> float | None:
+        """Bytes a second that generation has to read and write, None for prompts and for batches.
+
+        The sequences of a batch share weights, and nobody knows beforehand how many experts.
+        """
+        if self.workload.prompt or self.batch_size > 1:
+            return None
+        return self.mean * info.decode_bytes(self.workload.depth + (self.workload.generated + 1) / 2)
+
+    def compute_rate(self, info: ModelInfo) -> float | None:
+        """Operations a second in the matrix products of a prompt, None for tests that generate."""
+        if self.workload.generated:
+            return None
+        return self.mean * info.prefill_operations(self.workload.prompt, self.workload.depth) / self.workload.prompt
+
+
+class SyntheticTokens:
+    """Stands where the engine expects a sampler, and puts out random tokens without a look at the logits."""
+
+    def __init__(self, vocab_size: int, device: torch.device, count: int = 8192) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(vocab_size, (count,), generator=generator).to(device)
+
+    def prompt(self, length: int) -> list[int]:
+        """So many tokens, always the same."""
+        return self._tokens[torch.arange(length, device=self._tokens.device) % len(self._tokens)].tolist()
+
+    def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
+        """There is nothing to remember."""
+
+    def clear(self, slot: int) -> None:
+        """There is nothing to forget."""
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One token a row, by its position."""
+        return self._tokens[positions % len(self._tokens)], None
+
+
+class Bench:
+    """Runs tests on one model with `batch_size` equal sequences. Raises UserError for a batch size below 1."""
+
+    def __init__(self, model: CausalLM, *, batch_size: int = 1, prefill_step_size: int = 2048) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, but is {batch_size}")
+        self._model = model
+        self._batch_size = batch_size
+        self._prefill_step_size = prefill_step_size
+        self._tokens = SyntheticTokens(model.config.vocab_size, model.device)
+
+    def check(self, workload: Workload) -> None:
+        """Raise UserError for a workload of nothing, and for one that the context does not hold."""
+        if min(workload.prompt, workload.generated, workload.depth) < 0 or workload.prompt + workload.generated == 0:
+            raise UserError(f"nothing to measure in {workload}")
+        limit = self._model.config.max_position_embeddings
+        if workload.positions > limit:
+            raise UserError(f"{workload.name} needs {workload.positions} positions, but the context holds {limit}")
+
+    def run(
+        self,
+        workload: Workload,
+        repetitions: int = 5,
+        *,
+        warm_up: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Result:
+        """Measure one workload. The tokens that make up its depth are fed once, outside the time.
+
+        `progress` is called with repetitions done and repetitions in all. Raises UserError as `check` does.
+        """
+        self.check(workload)
+        cache = self._model.make_cache(self._batch_size, workload.positions)
+        if workload.depth:
+            self._prefill(self._engine(cache, 0, workload.depth))
+        if warm_up:
+            self._seconds(Workload(workload.prompt, min(workload.generated, 1), workload.depth), cache)
+        speeds = []
+        for repetition in range(repetitions):
+            seconds = self._seconds(workload, cache)
+            speeds.append(self._batch_size * (workload.prompt + workload.generated) / seconds)
+            progress(repetition + 1, repetitions)
+        return Result(workload, self._batch_size, speeds)
+
+    def _seconds(self, workload: Workload, cache: Cache) -> float:
+        engine = self._engine(cache, workload.depth, max(workload.prompt, 1))
+        if not workload.prompt:
+            self._prefill(engine)
+        synchronize(self._model.device)
+        start = time.perf_counter()
+        if workload.prompt:
+            self._prefill(engine)
+        for _ in range(workload.generated):
+            engine.step()
+        synchronize(self._model.device)
+        return time.perf_counter() - start
+
+    def _engine(self, cache: Cache, depth: int, prompt: int) -> Engine:
+        """An engine about to read a prompt in every slot, whatever the cache holds beyond `depth`."""
+        cache.lengths[:] = [depth] * self._batch_size
+        engine = Engine(self._model, cache=cache, sampler=self._tokens, prefill_step_size=self._prefill_step_size)
+        for _ in range(self._batch_size):
+            engine.add(self._tokens.prompt(prompt), SamplingParams(max_tokens=-1))
+        return engine
+
+    @staticmethod
+    def _prefill(engine: Engine) -> None:
+        while engine.prefilling:
+            engine.step()

@@ -1,0 +1,211 @@
+"""`gfxlm perplexity`, `bench`, `info` and `convert`: what they print, and what they refuse."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gfxlm
+from gfxlm.engine.info import describe
+from gfxlm.engine.perplexity import perplexity
+from gfxlm.weights.checkpoint import Checkpoint
+from tests.checkpoints import CORPUS, mlx_checkpoint, transformers_checkpoint
+from tests.cli.runner import complaint, run
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return mlx_checkpoint("qwen3")
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine can do is measured on less, to save time."""
+    monkeypatch.setattr("gfxlm.device.ceilings._READ_BYTES", {"cpu": 1 << 24})
+    monkeypatch.setattr("gfxlm.device.ceilings._MATRIX_SIZE", {"cpu": 128})
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(CORPUS)
+    return path
+
+
+def test_perplexity(folder: Path, text: Path) -> None:
+    model, tokenizer = gfxlm.load(folder)
+    expected = perplexity(model, tokenizer.encode(CORPUS)[:300], 64, 4)
+    options = ("--model", folder, "--sequence-length", "64", "-b", "4", "-m", "300")
+    result = run("perplexity", text, *options)
+    figures = f"perplexity {expected.value:.4f} ± {expected.standard_error:.4f} (295 tokens in windows of 64, "
+    assert result.stdout.startswith(figures)
+    assert result.stderr == ""
+    printed = json.loads(run("perplexity", "-", *options, "-o", "json", text=CORPUS).stdout)
+    assert printed["perplexity"] == pytest.approx(expected.value)
+    assert printed["standard_error"] == pytest.approx(expected.standard_error)
+    assert (printed["tokens"], printed["sequence_length"]) == (295, 64)
+
+
+def test_perplexity_refuses(folder: Path, tmp_path: Path, text: Path) -> None:
+    assert complaint("perplexity", "/no/such", "--model", folder) == "/no/such: No such file or directory"
+    assert complaint("perplexity", tmp_path, "--model", folder) == f"{tmp_path}: Is a directory"
+    (tmp_path / "binary").write_bytes(b"a\xff")
+    assert complaint("perplexity", tmp_path / "binary", "--model", folder).endswith("not UTF-8 text (byte 1 is 0xff)")
+    assert "at least 2 are needed" in complaint("perplexity", "/dev/null", "--model", folder)
+    assert "but is 1025" in complaint("perplexity", text, "--model", folder, "--sequence-length", "1025")
+
+
+def bench(folder: Path, *options: str) -> str:
+    result = run("bench", "-m", folder, "-r", "2", *options)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("measured on this machine: ")
+    assert result.stderr.count("\n") == 1
+    return result.stdout
+
+
+def test_bench_table_is_llama_benchs(folder: Path) -> None:
+    lines = bench(folder, "-p", "8,16", "-n", "2", "-pg", "4,3", "-d", "0,5").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == [
+        "model",
+        "size",
+        "params",
+        "backend",
+        "threads",
+        "test",
+        "t/s",
+        "GB/s",
+        "% bw",
+        "TFLOP/s",
+        "% mm",
+    ]
+    assert all(set(cell) == {"-", ":"} and cell.endswith(":") for cell in cells[1])
+    names = ["pp8", "pp16", "tg2", "pp4+tg3"]
+    assert [row[5] for row in cells[2:]] == names + [f"{name} @ d5" for name in names]
+    info = describe(Checkpoint.open(folder))
+    for row in cells[2:]:
+        assert row[0] == folder.name
+        assert row[1:4] == [f"{info.weight_bytes / 2**20:.2f} MiB", f"{info.parameters / 1e6:.2f} M", "CPU"]
+        mean, deviation = row[6].split(" ± ")
+        assert float(mean) > 0 <= float(deviation)
+        generates, reads = row[5].startswith("tg"), row[5].startswith("pp") and "+" not in row[5]
+        assert [bool(cell) for cell in row[7:]] == [generates, generates, reads, reads]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_bench_batch_has_a_column(folder: Path) -> None:
+    header, _, row = bench(folder, "-p", "8", "-n", "0", "-b", "3").splitlines()
+    column = [cell.strip() for cell in header.split("|")].index("batch")
+    assert row.split("|")[column].strip() == "3"
+
+
+def test_bench_in_other_forms(folder: Path) -> None:
+    options = ("-p", "8", "-n", "2", "-d", "4", "--no-warmup")
+    rows: dict[str, list[dict[str, Any]]] = {
+        "json": json.loads(bench(folder, *options, "-o", "json")),
+        "jsonl": [json.loads(line) for line in bench(folder, *options, "-o", "jsonl").splitlines()],
+        "csv": list(csv.DictReader(io.StringIO(bench(folder, *options, "-o", "csv")))),
+    }
+    info = describe(Checkpoint.open(folder))
+    for form, (prompt, generation) in rows.items():
+        number = float if form == "csv" else lambda value: value
+        assert (prompt["test"], generation["test"]) == ("pp8 @ d4", "tg2 @ d4")
+        assert [number(prompt[name]) for name in ("n_prompt", "n_gen", "n_depth", "batch_size")] == [8, 0, 4, 1]
+        if form != "csv":
+            assert len(prompt["samples_ts"]) == 2
+        operations = number(prompt["avg_ts"]) * info.prefill_operations(8, 4) / 8
+        assert number(prompt["operations_per_second"]) == pytest.approx(operations)
+        assert number(prompt["matmul_share"]) == pytest.approx(operations / number(prompt["matmul_rate"]))
+        nbytes = number(generation["avg_ts"]) * info.decode_bytes(4 + 1.5)
+        assert number(generation["bytes_per_second"]) == pytest.approx(nbytes)
+        assert number(generation["bandwidth_share"]) == pytest.approx(nbytes / number(generation["read_bandwidth"]))
+        assert generation["matmul_share"] in (None, "")
+
+
+def test_bench_refuses(folder: Path) -> None:
+    assert complaint("bench", "-m", folder, "-p", "a,b") == "-p: expected numbers with commas between, but got 'a,b'"
+    assert complaint("bench", "-m", folder, "-pg", "5").startswith("-pg: expected two numbers above 0")
+    assert complaint("bench", "-m", folder, "-p", "2000").startswith("pp2000 needs 2000 positions")
+
+
+def test_info(folder: Path) -> None:
+    found = describe(Checkpoint.open(folder))
+    text = run("info", folder, "--device", "cpu").stdout
+    lines = {line[:20].strip(): line[20:] for line in text.splitlines()}
+    assert lines["architecture"] == "qwen3"
+    assert lines["quantisation"] == "4-bit affine, group 64"
+    assert (
+        lines["parameters"] == f"{found.parameters / 1e6:.2f} M, active per token {found.active_parameters / 1e6:.2f} M"
+    )
+    assert lines["bytes per token"] == f"{found.bytes_per_token / 1e3:.2f} kB at batch 1, none of it state"
+    assert lines["KV cache per token"] == f"{found.kv_bytes_per_token / 1e3:.2f} kB"
+    assert lines["fits at 1024"].startswith("yes: needs ")
+    hybrid = run("info", mlx_checkpoint("qwen3_next"), "--device", "cpu").stdout
+    assert "4 (3 gated delta net, 1 attention)" in hybrid
+
+
+def test_info_when_memory_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = describe(Checkpoint.open(folder))
+    monkeypatch.setattr("gfxlm.device.memory.available_bytes", lambda device: found.needed_bytes(100))
+    text = run("info", folder, "--device", "cpu").stdout
+    assert "no: needs" in text
+    assert f"{found.longest_context(found.needed_bytes(100))} tokens fit" in text
+    printed = json.loads(run("info", folder, "--device", "cpu", "--json").stdout)
+    assert printed["fits"] == {"1024": False}
+    assert printed["longest_context"] in (99, 100)
+    assert printed["bytes_per_token"] == found.bytes_per_token
+    assert printed["bits_per_weight"] == pytest.approx(found.bits_per_weight)
+
+
+def test_info_refuses(tmp_path: Path) -> None:
+    assert complaint("info", tmp_path) == f"{tmp_path}: not a model folder (no config.json in it)"
+
+
+@pytest.mark.parametrize(
+    ("options", "quantization"),
+    [
+        (["-q"], "4-bit affine, group 64"),
+        (["-q", "--bits", "3", "--group-size", "32"], "3-bit affine, group 32"),
+        (["--quantize", "--q-bits", "8", "--q-group-size", "128"], "8-bit affine, group 128"),
+        (["-q", "--mode", "mxfp4"], "mxfp4"),
+        (["-q", "--q-mode", "nvfp4"], "nvfp4"),
+        (["-q", "--mixed", "mixed_3_6"], "3-bit affine, group 64; 2 matrices 6-bit affine, group 64"),
+        (["--dtype", "float16"], "float16"),
+    ],
+)
+def test_convert(options: list[str], quantization: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("convert", "--model", transformers_checkpoint("qwen3"), "--out", out, *options)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith(f"{out}: {quantization}; ")
+    assert describe(Checkpoint.open(out)).quantization == quantization
+
+
+def test_convert_there_and_back_and_over(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("convert", "--hf-path", folder, "--mlx-path", out, "-d")
+    assert run(*arguments).exit_code == 0
+    assert describe(Checkpoint.open(out)).quantization == "bfloat16"
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert "--force" in complaint(*arguments)
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
+    assert run(*arguments, "--force", "--dtype", "float32").exit_code == 0
+    assert describe(Checkpoint.open(out)).quantization == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-q", "--bits", "7"], "q_bits: 7 is not one of"),
+        (["-q", "--group-size", "48"], "q_group_size: 48 is not one of"),
+        (["--bits", "4", "--mixed", "mixed_3_6"], "--bits, --mixed: of use with -q only"),
+        (["-q", "-d"], "quantize, dequantize: choose one of the two"),
+    ],
+)
+def test_convert_refuses(options: list[str], said: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert complaint("convert", "--model", transformers_checkpoint("qwen3"), "--out", out, *options).startswith(said)
+    assert list(tmp_path.iterdir()) == []
