@@ -198,6 +198,9 @@ def save(model: Qwen3NextForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     config |= dict.fromkeys(("num_experts", "num_local_experts"), model.config.num_experts)
     config |= {"full_attention_interval": 4}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # So small a model repeats itself when it is greedy.
+    generation_config = {"bos_token_id": 0, "do_sample": False, "eos_token_id": 0, "repetition_penalty": 1.15}
+    (out / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
 
 
 def main() -> None:

@@ -63,7 +63,8 @@ class Tokenizer:
         """The token ids of `text`; by default with special tokens, unless it begins with the bos token."""
         if add_special_tokens is None:
             add_special_tokens = self.bos_token is None or not text.startswith(self.bos_token)
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        # Quietly: whether a text is too long for the model is for the engine to say.
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of the tokens, spaces as they are, with U+FFFD for bytes that are not UTF-8."""
