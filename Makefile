@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 
 ## The main job: set up, then write code with the built-in 4-bit model.
 demo: $(VENV)/.run
-	$(BIN)/gfxlm generate -p "def fibonacci(n):" --max-tokens 120
+	@printf "def fibonacci(n):"
+	@$(BIN)/gfxlm generate -p "def fibonacci(n):" --max-tokens 120
 
 ## Set up, check, test.
 test: check
