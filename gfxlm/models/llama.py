@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, require
+from gfxlm.models.base import CausalLM, DecoderLayer
+from gfxlm.models.config import ModelConfig, require
 from gfxlm.nn.attention import Attention
 from gfxlm.nn.mlp import GatedMLP
 

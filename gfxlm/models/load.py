@@ -9,7 +9,8 @@ import torch
 
 from gfxlm.errors import UserError
 from gfxlm.models import model_class
-from gfxlm.models.base import CausalLM, ModelConfig, Tensors
+from gfxlm.models.base import CausalLM, Tensors
+from gfxlm.models.config import ModelConfig
 from gfxlm.weights.checkpoint import Checkpoint
 from gfxlm.weights.config import QuantizationMap, config_dtype, normalized
 from gfxlm.weights.source import WeightSource, main_dtype

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors, require
+from gfxlm.models.base import CausalLM, DecoderLayer, Tensors
+from gfxlm.models.config import ModelConfig, require
 from gfxlm.models.experts import stack_experts
 from gfxlm.models.qwen3 import Qwen3Config, qwen3_attention
 from gfxlm.nn.mlp import GatedMLP, SparseMoE

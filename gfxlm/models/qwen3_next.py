@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gfxlm.models.base import CausalLM, DecoderLayer, ModelConfig, Tensors, require
+from gfxlm.models.base import CausalLM, DecoderLayer, Tensors
+from gfxlm.models.config import ModelConfig, require
 from gfxlm.models.experts import has_unstacked_experts, stack_experts
 from gfxlm.models.qwen3_moe import Qwen3MoeConfig
 from gfxlm.nn.attention import Attention

@@ -1,23 +1,10 @@
 """Mixture of experts: routing, and the experts' gated MLPs."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from gfxlm.ops.activation import swiglu
-
-
-class Matrix(Protocol):
-    """Something that can be multiplied with: `x @ w.T`."""
-
-    def matmul(self, x: Tensor) -> Tensor: ...
-
-
-class MatrixStack(Protocol):
-    """One matrix for each expert."""
-
-    def matrix(self, index: int) -> Matrix: ...
+from gfxlm.ops.matrix import MatrixStack
 
 
 def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """MLX's quantised operations: quantize, dequantize, quantized_matmul, gather_mm, gather_qmm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
+from gfxlm.ops.matrix import Matrix, MatrixStack
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -103,7 +105,7 @@ def dequantize(
     Rounded once. `dtype` defaults to the scales' for affine, bfloat16 otherwise.
     """
     q = Quantization.resolve(group_size, bits, mode)
-    _check_triple(w, scales, biases, q)
+    scales = _check_triple(w, scales, biases, q)
     _check_global_scale(q, global_scale)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: must be floating, got {dtype}")
@@ -139,8 +141,8 @@ def decode_scales(scales: Tensor, q: Quantization) -> Tensor:
 
 def quantized_matmul(
     x: Tensor,
-    w: Tensor,
-    scales: Tensor,
+    w: Tensor | Matrix,
+    scales: Tensor | None = None,
     biases: Tensor | None = None,
     transpose: bool = True,
     group_size: int | None = None,
@@ -151,9 +153,12 @@ def quantized_matmul(
 
     x (..., M, K); w packed (..., N, K * bits / 32), or (..., K, N * bits / 32) with `transpose=False`; batch axes
     broadcast. Result (..., M, N) in the type x, scales and biases promote to (affine), or x's.
+    A `PackedWeight` in the place of `w` knows its own scales and format, and is multiplied transposed.
     """
+    if not isinstance(w, Tensor):
+        return w.matmul(x)
     q = Quantization.resolve(group_size, bits, mode)
-    _check_triple(w, scales, biases, q)
+    scales = _check_triple(w, scales, biases, q)
     dtype = _result_dtype(x, scales, biases, q)
     matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
     inner = matrix.shape[-1 if transpose else -2]
@@ -181,13 +186,14 @@ def gather_mm(
     if a.shape[-1] != b.shape[-2]:
         raise ValueError(f"a, b: inner dimensions differ: {tuple(a.shape)} and {tuple(b.shape)}")
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return _gather(a.to(dtype), b.to(dtype), b.shape[-1], lhs_indices, rhs_indices, lambda matrix, _: matrix)
+    a, stack = a.to(dtype), b.to(dtype).reshape(-1, *b.shape[-2:])
+    return _gather(a, b.shape[:-2], b.shape[-1], lhs_indices, rhs_indices, lambda rows, e: rows @ stack[e])
 
 
 def gather_qmm(
     x: Tensor,
-    w: Tensor,
-    scales: Tensor,
+    w: Tensor | MatrixStack,
+    scales: Tensor | None = None,
     biases: Tensor | None = None,
     lhs_indices: Tensor | None = None,
     rhs_indices: Tensor | None = None,
@@ -202,23 +208,28 @@ def gather_qmm(
     """`gather_mm` with a quantised right side, of which only the matrices that are asked for are dequantised.
 
     x (..., M, K); w packed (..., N, K * bits / 32), or (..., K, N * bits / 32) with `transpose=False`; result
-    (*indices, M, N). Raises IndexError for an index out of range.
+    (*indices, M, N). Raises IndexError for an index out of range. A stacked `PackedWeight` in the place of `w` knows
+    its own scales and format, and is multiplied transposed.
     """
+    if not isinstance(w, Tensor):
+        experts, rows, _ = w.shape
+        return _gather(x, (experts,), rows, lhs_indices, rhs_indices, lambda a, e: w.matrix(e).matmul(a))
     q = Quantization.resolve(group_size, bits, mode)
-    _check_triple(w, scales, biases, q)
+    scales = _check_triple(w, scales, biases, q)
     _check_global_scale(q, global_scale)
     dtype = _result_dtype(x, scales, biases, q)
     columns = w.shape[-1] * 32 // q.bits
     inner, outer = (columns, w.shape[-2]) if transpose else (w.shape[-2], columns)
     if x.shape[-1] != inner:
         raise ValueError(f"x: last dimension {x.shape[-1]} does not match the {inner} of w ({tuple(w.shape)})")
+    flat_w = w.reshape(-1, *w.shape[-2:])
     flat_scales = scales.reshape(-1, *scales.shape[-2:])
     flat_biases = None if biases is None else biases.reshape(-1, *biases.shape[-2:])
     flat_global = None if global_scale is None else global_scale.expand(w.shape[:-2]).reshape(-1)
 
-    def expert_matrix(packed: Tensor, e: int) -> Tensor:
+    def multiply(rows: Tensor, e: int) -> Tensor:
         matrix = dequantize(
-            packed,
+            flat_w[e],
             flat_scales[e],
             None if flat_biases is None else flat_biases[e],
             q.group_size,
@@ -227,37 +238,41 @@ def gather_qmm(
             None if flat_global is None else flat_global[e],
             dtype,
         )
-        return matrix.mT if transpose else matrix
+        return rows @ (matrix.mT if transpose else matrix)
 
-    return _gather(x.to(dtype), w, outer, lhs_indices, rhs_indices, expert_matrix)
+    return _gather(x.to(dtype), w.shape[:-2], outer, lhs_indices, rhs_indices, multiply)
 
 
 def _gather(
     a: Tensor,
-    b: Tensor,
+    stack: Sequence[int],
     columns: int,
     lhs_indices: Tensor | None,
     rhs_indices: Tensor | None,
-    matrix_of: Callable[[Tensor, int], Tensor],
+    multiply: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """Visit every matrix of b that is asked for once, and multiply all the rows of a that ask for it."""
-    lhs, rhs = torch.broadcast_tensors(_flat_indices("lhs", lhs_indices, a), _flat_indices("rhs", rhs_indices, b))
-    flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    """Visit every matrix of the right side that is asked for once, and multiply all the rows of a that ask for it.
+
+    `stack` is the right side's batch axes, and `multiply` is a product with its matrix of a flat number.
+    """
+    lhs = _flat_indices("lhs", lhs_indices, a.shape[:-2], a.device)
+    lhs, rhs = torch.broadcast_tensors(lhs, _flat_indices("rhs", rhs_indices, stack, a.device))
+    flat_a = a.reshape(-1, *a.shape[-2:])
     wanted, chosen = rhs.flatten(), lhs.flatten()
     out = torch.empty(wanted.numel(), a.shape[-2], columns, dtype=a.dtype, device=a.device)
     for e in wanted.unique().tolist():
         rows = (wanted == e).nonzero().squeeze(-1)
-        out[rows] = flat_a[chosen[rows]] @ matrix_of(flat_b[e], e)
+        out[rows] = multiply(flat_a[chosen[rows]], e)
     return out.reshape(*rhs.shape, a.shape[-2], columns)
 
 
-def _flat_indices(side: str, indices: Tensor | None, operand: Tensor) -> Tensor:
-    batch = operand.shape[:-2]
+def _flat_indices(side: str, indices: Tensor | None, batch: Sequence[int], device: torch.device) -> Tensor:
+    count = prod(batch)
     if indices is None:
-        return torch.arange(batch.numel(), device=operand.device).reshape(batch)
+        return torch.arange(count, device=device).reshape(tuple(batch))
     indices = indices.long()
-    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < batch.numel()):
-        raise IndexError(f"{side}_indices: values must lie in [0, {batch.numel()}), the batch axes are {tuple(batch)}")
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < count):
+        raise IndexError(f"{side}_indices: values must lie in [0, {count}), the batch axes are {tuple(batch)}")
     return indices
 
 
@@ -270,7 +285,10 @@ def _result_dtype(x: Tensor, scales: Tensor, biases: Tensor | None, q: Quantizat
     return torch.promote_types(x.dtype, torch.promote_types(scales.dtype, biases.dtype))
 
 
-def _check_triple(w: Tensor, scales: Tensor, biases: Tensor | None, q: Quantization) -> None:
+def _check_triple(w: Tensor, scales: Tensor | None, biases: Tensor | None, q: Quantization) -> Tensor:
+    """The scales, if w, scales and biases fit each other and the format."""
+    if scales is None:
+        raise ValueError("scales: a packed w needs them")
     if w.dtype != torch.uint32:
         raise ValueError(f"w: must be packed uint32, got {w.dtype}")
     if q.affine != (biases is not None):
@@ -286,6 +304,7 @@ def _check_triple(w: Tensor, scales: Tensor, biases: Tensor | None, q: Quantizat
             f"scales: shape {tuple(scales.shape)} does not match w {tuple(w.shape)} "
             f"with group_size {q.group_size} and bits {q.bits}"
         )
+    return scales
 
 
 def _check_global_scale(q: Quantization, global_scale: Tensor | None) -> None:

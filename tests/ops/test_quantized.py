@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
 from gfxlm.ops.quantized import dequantize, gather_mm, gather_qmm, quantize, quantized_matmul
+from gfxlm.weights.weight import PackedWeight
 from tests.mlx_bridge import to_mlx, to_torch
 
 AFFINE = list(itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128)))
@@ -207,3 +208,21 @@ def test_nothing_in_nothing_out() -> None:
     w_q, scales, biases = quantize(torch.randn(0, 128))
     assert w_q.shape == (0, 16)
     assert dequantize(w_q, scales, biases).shape == (0, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_in_the_place_of_tensors(dtype: torch.dtype) -> None:
+    w_q, scales, biases = quantize(torch.randn(5, 96, 128).to(dtype))
+    stack = PackedWeight.from_mlx(w_q, scales, biases, Quantization(64, 4), dtype)
+    x = torch.randn(3, 1, 128).to(dtype)
+    indices = torch.tensor([[4, 0], [1, 1], [2, 4]])
+    rows = torch.arange(3)[:, None]
+    expected = gather_qmm(x, w_q, scales, biases, rows, indices)
+    ours = gather_qmm(x, stack, lhs_indices=rows, rhs_indices=indices)
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
+    matrix = stack.matrix(2)
+    torch.testing.assert_close(
+        quantized_matmul(x, matrix), quantized_matmul(x, w_q[2], scales[2], biases[2]), rtol=0.02, atol=0.1
+    )
+    with pytest.raises(ValueError, match="scales: a packed w needs them"):
+        quantized_matmul(x, w_q[0])
