@@ -17,8 +17,8 @@ class Qwen3Config(ModelConfig):
     rope_theta: float = field()  # no default: two are in use, and a guess would go unnoticed
 
 
-def qwen3_attention(config: Qwen3Config) -> Attention:
-    """Grouped-query attention with normed heads, as the dense and the sparse models have it."""
+def qwen3_attention(config: Qwen3Config, *, gated: bool = False) -> Attention:
+    """Grouped-query attention with normed heads, as all models of the generation have it."""
     return Attention(
         config.hidden_size,
         config.num_attention_heads,
@@ -27,6 +27,7 @@ def qwen3_attention(config: Qwen3Config) -> Attention:
         qkv_bias=config.attention_bias,
         output_bias=config.attention_bias,
         qk_norm_eps=config.rms_norm_eps,
+        gated=gated,
     )
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 from gfxlm.models.base import CausalLM, DecoderLayer, Tensors
 from gfxlm.models.config import ModelConfig, require
 from gfxlm.models.experts import has_unstacked_experts, stack_experts
+from gfxlm.models.qwen3 import qwen3_attention
 from gfxlm.models.qwen3_moe import Qwen3MoeConfig
-from gfxlm.nn.attention import Attention
 from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.mlp import GatedMLP, SparseMoE
 from gfxlm.nn.module import Module
@@ -58,7 +58,9 @@ class Qwen3Next(CausalLM):
     @staticmethod
     def make_layer(config: Qwen3NextConfig, number: int) -> DecoderLayer:
         full = (number + 1) % config.full_attention_interval == 0
-        return DecoderLayer(config, _attention(config) if full else _delta_net(config), _mlp(config, number))
+        return DecoderLayer(
+            config, qwen3_attention(config, gated=True) if full else _delta_net(config), _mlp(config, number)
+        )
 
     @staticmethod
     def make_rope(config: Qwen3NextConfig) -> RoPE:
@@ -86,19 +88,6 @@ class Qwen3Next(CausalLM):
 
 def _foreign_convolution(name: str, tensor: LazyTensor) -> bool:
     return name.endswith("conv1d.weight") and tensor.shape[1:-1] == (1,) and tensor.shape[-1] != 1
-
-
-def _attention(config: Qwen3NextConfig) -> Attention:
-    return Attention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.kv_heads,
-        config.head_size,
-        qkv_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        qk_norm_eps=config.rms_norm_eps,
-        gated=True,
-    )
 
 
 def _delta_net(config: Qwen3NextConfig) -> GatedDeltaNet:

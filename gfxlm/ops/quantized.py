@@ -160,13 +160,21 @@ def quantized_matmul(
     q = Quantization.resolve(group_size, bits, mode)
     scales = _check_triple(w, scales, biases, q)
     dtype = _result_dtype(x, scales, biases, q)
-    matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
-    inner = matrix.shape[-1 if transpose else -2]
+    inner = w.shape[-1] * 32 // q.bits if transpose else w.shape[-2]
     if x.shape[-1] != inner:
         raise ValueError(
             f"x: last dimension {x.shape[-1]} does not match the {inner} of w "
             f"(x {tuple(x.shape)}, w {tuple(w.shape)}, bits {q.bits}, transpose {transpose})"
         )
+    if biases is not None and x.is_cuda and transpose and w.ndim == 2 and x.dtype == dtype:
+        # Triton exists on GPUs alone.
+        from gfxlm.kernels.matvec import BITS, MAX_ROWS, matvec
+
+        if q.bits in BITS and x.shape[:-1].numel() <= MAX_ROWS:
+            with torch.cuda.device(x.device):
+                y = matvec(x.reshape(-1, inner), w, scales, biases, q.group_size, q.bits)
+            return y.view(*x.shape[:-1], w.shape[0])
+    matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
     return x.to(dtype) @ (matrix.mT if transpose else matrix)
 
 

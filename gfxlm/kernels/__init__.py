@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. No policy, no model: `ops` decides what runs."""
