@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 
 

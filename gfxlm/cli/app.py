@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +18,10 @@ from gfxlm.errors import GenerationError, UserError
 class Commands(TyperGroup):
     """The commands. Their errors become one line on stderr and an exit code, as do Ctrl-C and a closed pipe."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _usage_errors_on_one_line():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         # What the libraries below have to say would mix with what we say.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -23,7 +29,8 @@ class Commands(TyperGroup):
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
-            result = super().invoke(ctx)
+            with _usage_errors_on_one_line():
+                result = super().invoke(ctx)
             print(end="", flush=True)  # a full disk and a closed pipe show here at the latest
             return result
         except KeyboardInterrupt:
@@ -38,11 +45,23 @@ class Commands(TyperGroup):
             reason = error.strerror or str(error)
             raise _complaint(f"{error.filename}: {reason}" if error.filename else reason, 2) from error
         except GenerationError as error:
-            raise _complaint(str(error), 1) from error
+            raise _complaint(str(error), 2) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise _complaint("out of memory; a shorter context or a smaller batch needs less", 1) from error
+
+
+@contextmanager
+def _usage_errors_on_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The classes are click's or typer's own, as typer's version has it; no arguments at all print the help.
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if "UsageError" not in names or "NoArgsIsHelpError" in names:
+            raise
+        raise _complaint(f"{error.format_message()} (--help lists the options)", 2) from error  # type: ignore[attr-defined]
 
 
 def _complaint(message: str, code: int) -> typer.Exit:

@@ -85,7 +85,9 @@ class Conversation:
 
     def _tokens(self) -> list[int]:
         if self._tokenizer.has_chat_template:
-            tokens: list[int] = self._tokenizer.apply_chat_template(self.messages, **self._template_kwargs)
+            tokens: list[int] = self._tokenizer.apply_chat_template(
+                self.messages, **{"add_generation_prompt": True, **self._template_kwargs}
+            )
             return tokens
         text = ""
         for message in self.messages:

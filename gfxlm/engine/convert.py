@@ -56,6 +56,7 @@ def convert(
     q_bits: int | None = None,
     q_mode: str = "affine",
     dtype: str | None = None,
+    upload_repo: str | None = None,
     revision: str | None = None,
     dequantize: bool = False,
     quant_predicate: str | Predicate | None = None,
@@ -66,8 +67,9 @@ def convert(
 ) -> None:
     """Write the model in `hf_path` (a folder or a hub repository) to the new folder `mlx_path` in MLX's format.
 
-    The arguments before the star are mlx-lm's, less upload_repo. `q_group_size` and `q_bits` default to the mode's own;
-    `dtype` ("float16", "bfloat16", "float32") to the config's, or to that of weights that are quantised already.
+    The arguments before the star are mlx-lm's; `upload_repo` is refused. `q_group_size` and `q_bits` default to the
+    mode's own; `dtype` ("float16", "bfloat16", "float32") to the config's, or to that of weights that are quantised
+    already.
     `quant_predicate` is a mixed recipe's name, or a function of a matrix's path and shape that returns False to leave
     it dense, True, or its own `{"group_size": ..., "bits": ..., "mode": ...}`. `trust_remote_code` changes nothing:
     the checkpoint's code is never run. `force` replaces a model folder, `progress` is called with source bytes read
@@ -76,6 +78,8 @@ def convert(
     byte for byte, since saving them through transformers would rewrite them in its own version's spelling.
     Raises UserError; then, as after any other exception, `mlx_path` is as it was.
     """
+    if upload_repo is not None:
+        raise UserError("upload_repo: nothing is uploaded; `hf upload` does that with the folder")
     if quantize and dequantize:
         raise UserError("quantize, dequantize: choose one of the two")
     if dtype is not None and dtype not in DTYPES:

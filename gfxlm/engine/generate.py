@@ -3,20 +3,31 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gfxlm.device.memory import peak_bytes
-from gfxlm.engine.engine import Engine, FinishReason, Request, TokenSampler
+from gfxlm.engine.engine import Engine, FinishReason, Request
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.text import TextStream
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
+
+# What mlx-lm's functions take besides.
+_MISSING = (
+    "num_draft_tokens",
+    "max_kv_size",
+    "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+    "input_embeddings",
+    "stream",
+)
 
 Prompt = str | Sequence[int] | Tensor
 SamplerFunction = Callable[[Tensor], Tensor]
@@ -45,31 +56,46 @@ class GenerationResponse:
 
 @dataclass
 class CallbackSampler:
-    """Samples one request with functions from outside, as mlx-lm takes them."""
+    """Samples with functions from outside, as mlx-lm takes them; processors see the tokens of their request alone."""
 
     sampler: SamplerFunction
     processors: Sequence[LogitsProcessor] = ()
-    tokens: list[int] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=dict)  # by slot
 
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
-        self.tokens = list(prompt_tokens)
+        self.tokens[slot] = list(prompt_tokens)
 
     def clear(self, slot: int) -> None:
-        self.tokens = []
+        del self.tokens[slot]
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        histories = [self.tokens[slot] for slot in slots.tolist()]
         logits = logits.float()
-        for processor in self.processors:
-            logits = processor(torch.tensor(self.tokens, device=logits.device), logits)
+        if self.processors:
+            logits = torch.cat([self._process(*row) for row in zip(histories, logits.split(1), strict=True)])
         logprobs = torch.log_softmax(logits, dim=-1)
         sampled = self.sampler(logprobs).long()
         sampled = torch.where(logprobs.amax(-1).isfinite(), sampled, -1)
-        self.tokens += sampled.tolist()
+        for history, token in zip(histories, sampled.tolist(), strict=True):
+            history.append(token)
         return sampled, logprobs
+
+    def _process(self, tokens: list[int], logits: Tensor) -> Tensor:  # (1, V) -> (1, V)
+        for processor in self.processors:
+            logits = processor(torch.tensor(tokens, device=logits.device), logits)
+        return logits
 
 
 def _greedy(logprobs: Tensor) -> Tensor:
     return logprobs.argmax(-1)
+
+
+def _callbacks(
+    sampler: SamplerFunction | None, logits_processors: Sequence[LogitsProcessor] | None
+) -> CallbackSampler | None:
+    if not sampler and not logits_processors:
+        return None
+    return CallbackSampler(sampler or _greedy, logits_processors or ())
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -83,6 +109,7 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     max_tokens: int = 256,
+    draft_model: CausalLM | None = None,
     *,
     sampler: SamplerFunction | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
@@ -96,25 +123,35 @@ def stream_generate(
     `max_tokens` -1 means until the context is full. `sampler` and `logits_processors` are mlx-lm's functions, over
     torch tensors; without them `sampling` holds fields of `SamplingParams` (temperature, top_p, stop, seed, …), whose
     defaults come from the model's generation_config.json. A `prompt_cache` is continued and kept up to date.
+    A `draft_model`, and what mlx-lm has for caches that forget or are quantised, is refused.
     Raises UserError for bad arguments, GenerationError when the model's numbers are not finite.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    if draft_model is not None:
+        raise UserError("draft_model: speculative decoding is not supported yet")
+    _refuse_unknown(sampling)
     params = SamplingParams.from_generation_config(
         model.generation_config, **sampling, max_tokens=max_tokens, logprobs=True
     )
     tokens = _encode(tokenizer, prompt)
-    custom: TokenSampler | None = None
-    if sampler or logits_processors:
-        custom = CallbackSampler(sampler or _greedy, logits_processors or ())
     engine = Engine(
         model,
         eos_token_ids=tokenizer.eos_token_ids,
         max_context=_context_for(model, [len(tokens)], [max_tokens]),
         prefill_step_size=prefill_step_size,
         cache=prompt_cache,
-        sampler=custom,
+        sampler=_callbacks(sampler, logits_processors),
     )
     yield from _responses(engine, engine.add(tokens, params), tokenizer, prompt_progress_callback)
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Say of an option of mlx-lm's that it is missing here, and of any other that it is unknown."""
+    known = {f.name for f in fields(SamplingParams)}
+    for name in options.keys() - known:
+        if name in _MISSING:
+            raise UserError(f"{name}: not supported yet")
+        raise TypeError(f"unexpected keyword argument {name!r}; known are {', '.join(sorted(known))}")
 
 
 def _context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int]) -> int:
@@ -187,13 +224,23 @@ def statistics(response: GenerationResponse) -> str:
 
 @dataclass(kw_only=True)
 class BatchStats:
-    """Totals over a batch: tokens, seconds, tokens a second, and peak memory in GB."""
+    """Totals over a batch: tokens, steps, seconds, tokens a second, and peak memory in GB.
+
+    A step that feeds any prompt counts as the prompts', even if other requests got tokens in it.
+    """
 
     prompt_tokens: int = 0
     prompt_time: float = 0.0
     generation_tokens: int = 0
-    generation_time: float = 0.0
+    generation_steps: int = 0
+    decode_time: float = 0.0
+    wall_time: float = 0.0
     peak_memory: float = 0.0
+
+    @property
+    def generation_time(self) -> float:
+        """Seconds that did not go into prompts."""
+        return max(0.0, self.wall_time - self.prompt_time)
 
     @property
     def prompt_tps(self) -> float:
@@ -228,14 +275,17 @@ def batch_generate(
     return_token_ids: bool = False,
     return_logprobs: bool = False,
     *,
+    sampler: SamplerFunction | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     max_batch: int = 32,
     prefill_step_size: int = 2048,
     **sampling: Any,
 ) -> BatchResponse:
     """Answer many prompts (token ids) together, up to `max_batch` at a time.
 
-    `prompt_caches`, one for each prompt and of one slot, hold what comes before it and are left as they are. All other
-    keywords are fields of `SamplingParams`. Raises GenerationError if any request fails.
+    `prompt_caches`, one for each prompt and of one slot, hold what comes before it and are left as they are. `sampler`,
+    `logits_processors` and all other keywords are those of `stream_generate`, for every prompt.
+    Raises GenerationError if any request fails.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
@@ -251,7 +301,9 @@ def batch_generate(
         max_batch=min(max_batch, len(prompts)),
         max_context=_context_for(model, lengths, limits),
         prefill_step_size=prefill_step_size,
+        sampler=_callbacks(sampler, logits_processors),
     )
+    _refuse_unknown(sampling)
     params = SamplingParams.from_generation_config(model.generation_config, **sampling, logprobs=return_logprobs)
     prefixes = [None] * len(prompts) if prompt_caches is None else prompt_caches
     requests = [
@@ -281,18 +333,21 @@ class _Output:
 
 def _run_batch(engine: Engine, outputs: dict[Request, _Output], verbose: bool) -> BatchStats:
     stats = BatchStats(prompt_tokens=sum(len(request.prompt) for request in outputs))
+    begin = time.perf_counter()
     while engine.busy:
         prefilling, start = engine.prefilling, time.perf_counter()
         produced = engine.step()
         seconds = time.perf_counter() - start
         stats.prompt_time += seconds if prefilling else 0.0
-        stats.generation_time += 0.0 if prefilling else seconds
+        stats.decode_time += 0.0 if prefilling else seconds
+        stats.generation_steps += not prefilling
         stats.generation_tokens += len(produced)
         for request in produced:
             _collect(engine, request, outputs[request])
         if verbose:
             done = sum(request.finish_reason is not None for request in outputs)
             print(f"\r[batch_generate] Finished {done}/{len(outputs)}", end="", file=sys.stderr, flush=True)
+    stats.wall_time = time.perf_counter() - begin
     stats.peak_memory = peak_bytes(engine.model.device) / 1e9
     if verbose:
         print(

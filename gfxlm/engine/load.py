@@ -10,7 +10,7 @@ from gfxlm.device.select import pick_device
 from gfxlm.engine.tokenizer import Tokenizer, load_tokenizer
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
-from gfxlm.models.load import load_model
+from gfxlm.models.load import build, load_model
 from gfxlm.weights.checkpoint import Checkpoint
 from gfxlm.weights.config import Config, read_generation_config
 
@@ -86,6 +86,8 @@ def load(
     if adapter_path is not None:
         raise UserError("adapter_path: adapters are not supported; fuse the adapter into the model first")
     checkpoint = open_checkpoint(path_or_hf_repo, revision)
+    # First, so that a wrong config is named as such and not as what transformers makes of it.
+    build(checkpoint, model_config)
     tokenizer = load_tokenizer(
         checkpoint.folder,
         checkpoint.config.get("eos_token_id"),

@@ -100,7 +100,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Message],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool = False,
         *,
         tokenize: bool = True,
         **template_kwargs: Any,

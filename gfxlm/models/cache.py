@@ -7,9 +7,12 @@ from gfxlm.nn.cache import Cache
 _DEFAULT_CONTEXT = 32768
 
 
-def make_prompt_cache(model: CausalLM, max_context: int | None = None) -> Cache:
-    """An empty cache for one conversation, of `max_context` positions (the model's own limit, at most 32768)."""
-    return model.make_cache(1, max_context or min(model.config.max_position_embeddings, _DEFAULT_CONTEXT))
+def make_prompt_cache(model: CausalLM, max_kv_size: int | None = None) -> Cache:
+    """An empty cache for one conversation, of `max_kv_size` positions (the model's own limit, at most 32768).
+
+    Unlike mlx-lm's, a full one forgets nothing: it ends the text.
+    """
+    return model.make_cache(1, max_kv_size or min(model.config.max_position_embeddings, _DEFAULT_CONTEXT))
 
 
 def can_trim_prompt_cache(cache: Cache) -> bool:

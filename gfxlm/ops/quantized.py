@@ -45,17 +45,21 @@ def quantize(
 
 
 def _affine_codes(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (..., G, group_size), scale and bias (..., G), so that the larger edge and zero come out exact."""
+    """Codes (..., G, group_size), scale and bias (..., G).
+
+    The larger edge and zero come out exact; with one bit, both edges do.
+    """
     n_bins = (1 << bits) - 1
     low, high = groups.amin(-1), groups.amax(-1)
-    from_low = low.abs() > high.abs()
-    scale = ((high - low) / n_bins).clamp(min=1e-7)
-    scale = torch.where(from_low, scale, -scale)
-    edge = torch.where(from_low, low, high)
-    steps = torch.round(edge / scale)
-    exact = steps != 0
-    scale = torch.where(exact, edge / steps, scale)
-    bias = torch.where(exact, edge, 0.0)
+    scale, bias = ((high - low) / n_bins).clamp(min=1e-7), low
+    if bits > 1:
+        from_low = low.abs() > high.abs()
+        scale = torch.where(from_low, scale, -scale)
+        edge = torch.where(from_low, low, high)
+        steps = torch.round(edge / scale)
+        exact = steps != 0
+        scale = torch.where(exact, edge / steps, scale)
+        bias = torch.where(exact, edge, 0.0)
     codes = torch.round((groups - bias[..., None]) / scale[..., None]).clamp(0, n_bins)
     return codes.to(torch.uint8), scale, bias
 
@@ -81,7 +85,8 @@ def _float_codes(groups: Tensor, q: Quantization, global_scale: Tensor | None) -
 
 def _nearest_e2m1(x: Tensor) -> Tensor:
     """The code of the nearest E2M1 value; where two are equally near, the one nearer to zero, as in MLX."""
-    code = torch.bucketize(x.float().abs(), torch.tensor(_E2M1_MIDDLES, device=x.device), out_int32=True)
+    magnitude = x.float().abs().contiguous()  # torch warns of any other
+    code = torch.bucketize(magnitude, torch.tensor(_E2M1_MIDDLES, device=x.device), out_int32=True)
     return (code | ((x < 0) & (code > 0)) << 3).to(torch.uint8)
 
 

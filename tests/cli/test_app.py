@@ -53,10 +53,23 @@ def test_version() -> None:
     assert run("--version").stdout == f"gfxlm {gfxlm.__version__}\n"
 
 
-def test_unknown_option_is_a_usage_error() -> None:
-    result = run("generate", "--no-such-option")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "no-such-option" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--no-such-option"], "--no-such-option"),
+        (["generate"], "--prompt"),
+        (["no-such-command"], "no-such-command"),
+        (["--no-such-option"], "--no-such-option"),
+        (["convert", "--model", "x", "-q", "--mode", "gguf"], "'gguf' is not one of 'affine'"),
+        (["convert", "--model", "x", "-q", "--bits", "four"], "--bits"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], said: str) -> None:
+    assert said in complaint(*arguments)
+
+
+def test_no_arguments_print_the_help() -> None:
+    assert "Usage: " in run().output
 
 
 def test_prompt_from_stdin_text_to_stdout_the_rest_to_stderr(model: Path) -> None:

@@ -46,7 +46,7 @@ def say(conversation: Conversation, question: str, **options: Any) -> str:
 
 def prompt_tokens(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """What a fresh start would feed for the last question."""
-    return tokenizer.apply_chat_template(conversation.messages[:-1])
+    return tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)
 
 
 def scripted(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_attention_feeds_only_what_is_new(attention_only: Loaded, fed: list[int]
     say(conversation, "return x + 2")
     tokens = prompt_tokens(conversation, attention_only[1])
     shared = next(i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b)
-    first_turn = len(attention_only[1].apply_chat_template(conversation.messages[:1]))
+    first_turn = len(attention_only[1].apply_chat_template(conversation.messages[:1], add_generation_prompt=True))
     assert shared >= first_turn
     assert fed[0] == len(tokens) - shared
 

@@ -31,6 +31,7 @@ def test_missing_source(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"quantize": True, "dequantize": True}, "quantize, dequantize: choose one"),
+    "upload": ({"upload_repo": "me/model"}, "upload_repo: nothing is uploaded"),
     "bits": ({"quantize": True, "q_bits": 7}, "q_bits: 7 is not one of"),
     "bits of a float mode": ({"quantize": True, "q_bits": 8, "q_mode": "nvfp4"}, "q_bits: 8 is not one of"),
     "group": ({"quantize": True, "q_group_size": 48}, "q_group_size: 48 is not one of"),

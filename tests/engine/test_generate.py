@@ -1,5 +1,10 @@
 """The engine and mlx-lm's generating functions: same text as mlx-lm, alone and in company, with every way to stop."""
 
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from inspect import Parameter, signature
+
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -71,6 +76,40 @@ def test_batch_gives_each_what_it_gets_alone(loaded: tuple[CausalLM, Tokenizer])
         assert together.texts == alone
     assert together.stats.prompt_tokens == sum(map(len, prompts))
     assert together.stats.generation_tokens == 26
+    assert together.stats.generation_steps == 11
+    assert together.stats.wall_time >= together.stats.prompt_time + together.stats.decode_time > 0
+
+
+def test_batch_with_samplers_and_processors_of_mlx_lm(loaded: tuple[CausalLM, Tokenizer]) -> None:
+    def forbid_seen(tokens: Tensor, logits: Tensor) -> Tensor:
+        return logits.index_fill(1, tokens.unique(), -torch.inf)
+
+    prompts = [loaded[1].encode(text) for text in PROMPTS]
+    options = {"sampler": lambda p: p.argmin(-1).where(p.isfinite().all(-1), p.argmax(-1)), "max_tokens": 6}
+    options["logits_processors"] = [forbid_seen]
+    alone = [tokens_of(loaded, prompt, **options) for prompt in prompts]
+    together = gfxlm.batch_generate(*loaded, prompts, return_token_ids=True, max_batch=2, **options)
+    assert together.token_ids == alone
+    assert all(not {*prompt} & {*answer} for prompt, answer in zip(prompts, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["GenerationResponse", "BatchResponse", "BatchStats"])
+def test_responses_have_mlx_lms_fields(name: str) -> None:
+    # The function of the same name hides the module.
+    theirs, ours = (
+        getattr(import_module("mlx_lm.generate"), name),
+        getattr(import_module("gfxlm.engine.generate"), name),
+    )
+    assert [field.name for field in fields(ours)] == [field.name for field in fields(theirs)]
+
+
+@pytest.mark.parametrize("name", ["load", "generate", "batch_generate", "convert"])
+def test_positional_arguments_are_mlx_lms(name: str) -> None:
+    def positional(function: Callable[..., object]) -> list[str]:
+        parameters = signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+
+    assert positional(getattr(gfxlm, name)) == positional(getattr(mlx_lm, name))
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 2048])
@@ -184,6 +223,18 @@ def test_nan_names_the_module() -> None:
         gfxlm.generate(model, tokenizer, PROMPTS[0], max_tokens=4)
     with pytest.raises(GenerationError, match=r"model\.layers\.1\.mlp\.down_proj"):
         gfxlm.batch_generate(model, tokenizer, [[1, 2, 3]], max_tokens=4)
+
+
+def test_what_is_missing_is_said(dense: tuple[CausalLM, Tokenizer]) -> None:
+    with pytest.raises(UserError, match=r"draft_model: .* not supported"):
+        gfxlm.generate(*dense, "x", draft_model=dense[0])
+    for name in ("max_kv_size", "kv_bits"):
+        with pytest.raises(UserError, match=f"{name}: not supported"):
+            gfxlm.generate(*dense, "x", **{name: 8})
+        with pytest.raises(UserError, match=f"{name}: not supported"):
+            gfxlm.batch_generate(*dense, [[1]], **{name: 8})
+    with pytest.raises(TypeError, match=r"'temprature'; known are .*temperature"):
+        gfxlm.generate(*dense, "x", temprature=1.0)
 
 
 def test_bad_prompts(dense: tuple[CausalLM, Tokenizer]) -> None:

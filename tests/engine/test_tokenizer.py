@@ -104,22 +104,23 @@ def test_tokenizer_config_reaches_transformers(folder):
     assert load_tokenizer(folder, eos_token="<|user|>").eos_token == "<|user|>"
 
 
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("generation_prompt", [{}, {"add_generation_prompt": True}, {"add_generation_prompt": False}])
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("template_kwargs", [{}, {"enable_thinking": False}], ids=["default", "no thinking"])
-def test_chat_as_in_mlx_lm(tmp_path, thinking, add_generation_prompt, template_kwargs):
+def test_chat_as_in_mlx_lm(tmp_path, thinking, generation_prompt, template_kwargs):
     folder = save_tokenizer(tmp_path, thinking=thinking)
-    theirs = mlx_load(folder).apply_chat_template(CHAT, add_generation_prompt=add_generation_prompt, **template_kwargs)
-    ours = load_tokenizer(folder).apply_chat_template(CHAT, add_generation_prompt, **template_kwargs)
+    options = template_kwargs | generation_prompt
+    theirs = mlx_load(folder).apply_chat_template(CHAT, **options)
+    ours = load_tokenizer(folder).apply_chat_template(CHAT, **options)
     assert type(ours) is list
     assert all(type(token) is int for token in ours)
     assert ours == theirs
 
 
 def test_chat_as_text(tokenizer):
-    text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False)
+    text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
     assert text == "<|system|>Be brief.<|end|><|user|>Where is Zürich?<|end|><|assistant|><think>"
-    assert tokenizer.decode(tokenizer.apply_chat_template(CHAT[:2])) == text
+    assert tokenizer.decode(tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True)) == text
 
 
 def test_developer_is_system_where_unknown(tmp_path, tokenizer):

@@ -13,7 +13,7 @@ from gfxlm.ops.quantized import dequantize
 from gfxlm.weights.weight import DenseWeight, MergedWeight, PackedWeight, Weight
 from tests.mlx_bridge import to_mlx, to_torch
 
-AFFINE = [Quantization(g, b) for b, g in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]
+AFFINE = [Quantization(g, b) for b, g in itertools.product((1, 2, 3, 4, 5, 6, 8), (32, 64, 128))]
 FLOAT_MODES = [Quantization(32, 4, "mxfp4"), Quantization(32, 8, "mxfp8"), Quantization(16, 4, "nvfp4")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FAST = int4_applies(64, torch.bfloat16)
