@@ -233,8 +233,8 @@ def test_what_is_missing_is_said(dense: tuple[CausalLM, Tokenizer]) -> None:
             gfxlm.generate(*dense, "x", **{name: 8})
         with pytest.raises(UserError, match=f"{name}: not supported"):
             gfxlm.batch_generate(*dense, [[1]], **{name: 8})
-    with pytest.raises(TypeError, match=r"'temprature'; known are .*temperature"):
-        gfxlm.generate(*dense, "x", temprature=1.0)
+    with pytest.raises(TypeError, match=r"'heat'; known are .*temperature"):
+        gfxlm.generate(*dense, "x", heat=1.0)
 
 
 def test_bad_prompts(dense: tuple[CausalLM, Tokenizer]) -> None:
