@@ -122,6 +122,7 @@ class Engine:
         """True while a prompt is not in the cache yet."""
         return bool(self._waiting) or any(request.prefilled < len(request.prompt) for request in self._running)
 
+    @torch.inference_mode()
     def finish(self, request: Request) -> None:
         """End a request that waits or runs, as if it had stopped by itself."""
         request.finish_reason = "stop"
@@ -213,10 +214,11 @@ class Engine:
         self._running.remove(request)
         self.sampler.clear(slot)
         self._free.append(slot)
+        continued = request.keep_cache or not self._owns_cache
         fits = self.cache.lengths[slot] < self.cache.max_context
-        if request.error is None and fits and (request.keep_cache or not self._owns_cache):
+        if continued and fits and request.tokens and request.error is None:
             # Whoever goes on from this cache expects the last token in it.
-            self._forward(list(request.tokens[-1:]), [slot], [len(request.tokens[-1:])])
+            self._forward(request.tokens[-1:], [slot], [1])
         if request.keep_cache:
             request.cache = self.model.make_cache(1, self.cache.max_context)
             request.cache.copy_slot(0, self.cache, slot)

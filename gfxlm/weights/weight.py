@@ -122,7 +122,9 @@ class PackedWeight(Weight):
     def matrix(self, index: int) -> "PackedWeight":
         if isinstance(self._layout, Int4Weight):
             return PackedWeight(self._layout.matrix(index), self.quantization, self.dtype)
-        return PackedWeight(self._select(torch.tensor(index)), self.quantization, self.dtype)
+        w, scales, biases = self._layout
+        views = (w[index], scales[index], None if biases is None else biases[index])
+        return PackedWeight(views, self.quantization, self.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         columns = self.shape[-1]

@@ -167,6 +167,17 @@ def test_stop_string_across_tokens(loaded: tuple[CausalLM, Tokenizer]) -> None:
     assert batch.texts == [text[: text.index(stop)]]
 
 
+def test_stop_string_leaves_the_cache_in_order(loaded: tuple[CausalLM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    prompt, more = tokenizer.encode(PROMPTS[0]), tokenizer.encode(PROMPTS[1])
+    text = gfxlm.generate(model, tokenizer, prompt, max_tokens=24)
+    cache = make_prompt_cache(model, 128)
+    before = tokens_of(loaded, prompt, max_tokens=24, stop=[text[8:11]], prompt_cache=cache)
+    assert cache.lengths == [len(prompt) + len(before)]
+    continued = tokens_of(loaded, more, max_tokens=4, prompt_cache=cache)
+    assert continued == tokens_of(loaded, prompt + before + more, max_tokens=4)
+
+
 def test_end_of_text_stops_and_is_not_shown(loaded: tuple[CausalLM, Tokenizer]) -> None:
     model, tokenizer = loaded
     everything = responses(loaded, PROMPTS[0], max_tokens=12)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gfxlm.ops.formats import Quantization
 from gfxlm.ops.int4_cpu import int4_applies
-from gfxlm.ops.quantized import dequantize
+from gfxlm.ops.quantized import dequantize, quantize
 from gfxlm.weights.weight import DenseWeight, MergedWeight, PackedWeight, Weight
 from tests.mlx_bridge import to_mlx, to_torch
 
@@ -196,3 +196,17 @@ def test_an_empty_batch(q: Quantization, dtype: torch.dtype) -> None:
     for weight in (packed, plain):
         rows = weight.rows(torch.zeros(2, 0, dtype=torch.int64))
         assert (rows.shape, rows.dtype) == ((2, 0, COLUMNS), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_a_stack_is_a_view(dtype: torch.dtype) -> None:
+    stack = PackedWeight.from_mlx(*quantize(torch.randn(3, 64, 128).to(dtype)), Quantization(64, 4), dtype)
+    held = {t.untyped_storage().data_ptr() for t in _tensors(stack)}
+    assert {t.untyped_storage().data_ptr() for t in _tensors(stack.matrix(2))} == held
+
+
+def _tensors(weight: PackedWeight) -> list[torch.Tensor]:
+    layout = weight._layout
+    if isinstance(layout, tuple):
+        return [t for t in layout if t is not None]
+    return [*layout.planes, *layout.scales_and_zeros, layout.biases]
