@@ -159,12 +159,8 @@ def _counted(tensors: Tensors, progress: Progress) -> Tensors:
 def _stored_formats(model: CausalLM, tensors: Tensors, config: Config) -> dict[str, Quantization]:
     """How each matrix that is quantised already is stored, by path."""
     quantization = QuantizationMap.parse(config)
-    formats = {}
-    for path, shape in model.matrices():
-        if scales := tensors.get(f"{path}.scales"):
-            words = tensors[f"{path}.weight"].shape[-1]
-            formats[path] = quantization.of(path, shape[-1], words, scales.shape[-1], scales.dtype)
-    return formats
+    found = ((path, quantization.stored(path, shape[-1], tensors)) for path, shape in model.matrices())
+    return {path: q for path, q in found if q is not None}
 
 
 def choose_formats(

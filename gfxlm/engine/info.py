@@ -149,14 +149,13 @@ def _matrices(
 ) -> Iterator[_Matrix]:
     used = dict(_used_shares(model))
     for path, shape in model.matrices():
-        weight, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
+        weight = tensors.get(f"{path}.weight")
         if weight is None:
             raise UserError(f"{path}.weight: missing in the checkpoint")
-        q, (*leading, columns), parameters = None, shape, prod(shape)
+        (*leading, columns), parameters = shape, prod(shape)
         bits = 8.0 * dtype.itemsize
         expected = shape
-        if scales is not None:
-            q = quantization.of(path, columns, weight.shape[-1], scales.shape[-1], scales.dtype)
+        if (q := quantization.stored(path, columns, tensors)) is not None:
             expected = (*leading, q.packed_columns(columns))
             bits = q.bits + (2 * 8 * dtype.itemsize if q.affine else 8) / q.group_size
         if weight.shape != expected:

@@ -10,7 +10,7 @@ from gfxlm.device.select import pick_device
 from gfxlm.engine.tokenizer import Tokenizer, load_tokenizer
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
-from gfxlm.models.load import build, load_model
+from gfxlm.models.load import build, read_weights
 from gfxlm.weights.checkpoint import Checkpoint
 from gfxlm.weights.config import Config, read_generation_config
 
@@ -86,8 +86,8 @@ def load(
     if adapter_path is not None:
         raise UserError("adapter_path: adapters are not supported; fuse the adapter into the model first")
     checkpoint = open_checkpoint(path_or_hf_repo, revision)
-    # First, so that a wrong config is named as such and not as what transformers makes of it.
-    build(checkpoint, model_config)
+    # Before the tokenizer, so that a wrong config is named as such and not as what transformers makes of it.
+    model, tensors = build(checkpoint, model_config)
     tokenizer = load_tokenizer(
         checkpoint.folder,
         checkpoint.config.get("eos_token_id"),
@@ -101,6 +101,6 @@ def load(
         if progress is not None:
             progress(done, total)
 
-    model = load_model(checkpoint, overrides=model_config, dtype=dtype, device=pick_device(device), progress=count)
+    read_weights(model, tensors, checkpoint, dtype=dtype, device=pick_device(device), progress=count)
     model.generation_config = read_generation_config(checkpoint.folder)
     return (model, tokenizer, checkpoint.config) if return_config else (model, tokenizer)

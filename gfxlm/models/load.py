@@ -46,8 +46,22 @@ def load_model(
     `dtype` is the type of activations, scales and biases, that of `default_dtype` where none is given.
     Raises UserError where the checkpoint lacks a tensor, has one of the wrong shape, or one the model does not know.
     """
-    device = torch.device(device)
     model, tensors = build(checkpoint, overrides)
+    read_weights(model, tensors, checkpoint, dtype=dtype, device=device, progress=progress)
+    return model
+
+
+def read_weights(
+    model: CausalLM,
+    tensors: Tensors,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """The second half of `load_model`, for what `build` returned."""
+    device = torch.device(device)
     dtype = dtype or default_dtype(checkpoint.config, tensors, device)
     with _named(checkpoint.folder):
         quantization = QuantizationMap.parse(checkpoint.config)
@@ -56,7 +70,6 @@ def load_model(
         if untouched := source.untouched():
             shown = ", ".join(untouched[:3]) + (f" and {len(untouched) - 3} more" if len(untouched) > 3 else "")
             raise UserError(f"tensors that {model.config.model_type} does not have: {shown}")
-    return model
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from gfxlm.errors import UserError
 from gfxlm.ops.formats import MODES, Quantization
+from gfxlm.weights.safetensors_file import LazyTensor
 
 Config = dict[str, Any]
 _TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -95,6 +96,17 @@ class QuantizationMap:
                 "with `gfxlm convert -q` instead"
             )
         return cls({path: _override(path, value) for path, value in entry.items() if isinstance(value, dict)})
+
+    def stored(self, path: str, columns: int, tensors: Mapping[str, LazyTensor]) -> Quantization | None:
+        """How the matrix at `path` with `columns` inputs lies among these tensors, None where it is not quantised.
+
+        The scales' presence decides. Raises UserError as `of` does.
+        """
+        w, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
+        if w is None or scales is None:
+            return None
+        words, groups = (tensor.shape[-1] if tensor.shape else 0 for tensor in (w, scales))
+        return self.of(path, columns, words, groups, scales.dtype)
 
     def of(self, path: str, columns: int, words: int, groups: int, scales_dtype: torch.dtype) -> Quantization:
         """How the matrix at `path` with `columns` inputs is stored, from its own entry or from its shapes.

@@ -53,7 +53,7 @@ class WeightSource:
         """The matrices at these module paths as one, stacked row-wise: (sum(rows), columns), or a stack of experts."""
         stack = () if experts is None else (experts,)
         shapes = [(*stack, n, columns) for n in rows]
-        formats = [self._format(path, columns) for path in paths]
+        formats = [self._quantization.stored(path, columns, self._tensors) for path in paths]
         if len(set(formats)) > 1:
             return MergedWeight(
                 [self.matrix([path], [n], columns, experts) for path, n in zip(paths, rows, strict=True)]
@@ -63,14 +63,6 @@ class WeightSource:
         parts = [self._stored(path, shape, quantization) for path, shape in zip(paths, shapes, strict=True)]
         w, scales, *biases = (_cat_rows(list(tensors)) for tensors in zip(*parts, strict=True))
         return PackedWeight.from_mlx(w, scales, biases[0] if biases else None, quantization, self.dtype)
-
-    def _format(self, path: str, columns: int) -> Quantization | None:
-        """How the matrix at `path` is quantised, None where it is not: the scales' presence decides."""
-        scales, w = self._tensors.get(f"{path}.scales"), self._tensors.get(f"{path}.weight")
-        if scales is None or w is None:
-            return None
-        words, groups = (t.shape[-1] if t.shape else 0 for t in (w, scales))
-        return self._quantization.of(path, columns, words, groups, scales.dtype)
 
     def _stored(self, path: str, shape: tuple[int, ...], q: Quantization) -> tuple[Tensor, ...]:
         """MLX's packed tensors of one matrix, with their shapes checked."""
