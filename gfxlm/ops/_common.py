@@ -22,6 +22,11 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels do the work: x lies on a GPU, or stands for a tensor that does while launches are recorded."""
+    return x.is_cuda or x.is_meta
+
+
 def as_signed(x: Tensor) -> Tensor:
     """The same bits as a signed integer, for the unsigned types that torch stores but cannot compute with."""
     return x.view(_SIGNED[x.dtype]) if x.dtype in _SIGNED else x

@@ -1,0 +1,120 @@
+"""Facts about GPU architectures, and which of them a tensor's device is."""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from gfxlm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a kernel's tiles are chosen by, and what its code is held against.
+
+    `example` is the part that units, clock (GHz) and bandwidth (GB/s) are taken from, 0 where none is meant.
+    """
+
+    name: str
+    family: str  # whose tuning tables serve where this architecture has none of its own
+    wave: int = 32  # lanes that run in step
+    matrix: str = "none"  # wmma, mfma, mma, wgmma
+    shared_bytes: int = 64 << 10  # of one program: LDS, or shared memory
+    example: str = ""
+    units: int = 0
+    clock: float = 0.0
+    bandwidth: float = 0.0
+    integrated: bool = False
+
+    @property
+    def vendor(self) -> str:
+        """amd, nvidia or none."""
+        return "amd" if self.name.startswith("gfx") else "nvidia" if self.name.startswith("sm_") else "none"
+
+    def vector_share(self, instructions: float, nbytes: float) -> float:
+        """Time of that many vector instructions a lane, as a share of the time the example part reads `nbytes` in."""
+        lanes_a_second = self.units * 64 * self.clock * 1e9  # an AMD unit issues 64 lanes a clock
+        return instructions / lanes_a_second / (nbytes / (self.bandwidth * 1e9))
+
+
+_cdna = partial(Architecture, family="gfx9", wave=64, matrix="mfma")
+_rdna3 = partial(Architecture, family="gfx11", matrix="wmma")
+_rdna4 = partial(Architecture, family="gfx12", matrix="wmma")
+_nvidia = partial(Architecture, matrix="mma")
+
+# Units, boost clock and bandwidth are AMD's own data sheets'.
+ARCHITECTURES = {
+    arch.name: arch
+    for arch in (
+        _cdna("gfx90a", example="MI250X, one die", units=110, clock=1.7, bandwidth=1638),
+        _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300),
+        _cdna("gfx950", shared_bytes=160 << 10, example="MI350X", units=256, clock=2.2, bandwidth=8000),
+        _rdna3("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
+        _rdna3("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
+        _rdna3("gfx1102", example="RX 7600", units=32, clock=2.66, bandwidth=288),
+        _rdna3("gfx1103", example="Radeon 780M", units=12, clock=2.7, bandwidth=120, integrated=True),
+        _rdna3("gfx1150", example="Radeon 890M", units=16, clock=2.9, bandwidth=120, integrated=True),
+        _rdna3("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256, integrated=True),
+        _rdna3("gfx1152", example="Radeon 860M", units=8, clock=3.0, bandwidth=120, integrated=True),
+        _rdna4("gfx1200", example="RX 9060 XT", units=32, clock=3.13, bandwidth=320),
+        _rdna4("gfx1201", example="R9700", units=64, clock=2.92, bandwidth=640),
+        Architecture("gfx1030", "gfx10", example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),
+        _nvidia("sm_80", "sm_80", shared_bytes=163 << 10),
+        _nvidia("sm_86", "sm_80", shared_bytes=99 << 10),
+        _nvidia("sm_89", "sm_80", shared_bytes=99 << 10),
+        _nvidia("sm_90", "sm_90", matrix="wgmma", shared_bytes=227 << 10),
+        _nvidia("sm_100", "sm_90", shared_bytes=227 << 10),
+        _nvidia("sm_120", "sm_80", shared_bytes=99 << 10),
+    )
+}
+AMD = tuple(name for name in ARCHITECTURES if name.startswith("gfx"))
+PORTABLE = Architecture("portable", "portable", shared_bytes=32 << 10)
+
+_assumed: ContextVar[Architecture | None] = ContextVar("assumed", default=None)
+
+
+def named(name: str) -> Architecture:
+    """The architecture of that name. UserError if it is not known."""
+    if name not in ARCHITECTURES:
+        raise UserError(f"architecture {name!r} is not known; known are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+@contextmanager
+def assume(arch: Architecture) -> Iterator[None]:
+    """Make every decision as on that architecture, whatever this machine is."""
+    token = _assumed.set(arch)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def architecture(device: torch.device) -> Architecture:
+    """What is assumed (`assume`, GFXLM_ASSUME_ARCH), else the device's own; PORTABLE where there is none."""
+    assumed = _assumed.get()
+    return assumed if assumed is not None else _detect(device)
+
+
+@functools.lru_cache
+def _detect(device: torch.device) -> Architecture:
+    if name := os.environ.get("GFXLM_ASSUME_ARCH"):
+        return named(name)
+    if device.type != "cuda":
+        return PORTABLE
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    relatives = [arch for arch in ARCHITECTURES.values() if arch.name[:-2] == name[:-2] and arch.vendor != "none"]
+    nearest = relatives[-1] if relatives else PORTABLE
+    warnings.warn(f"{name} is not known: it is treated as {nearest.name}", stacklevel=2)
+    return nearest

@@ -1,0 +1,1 @@
+"""The shapes that every kernel is tried on."""

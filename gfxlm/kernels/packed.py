@@ -1,0 +1,57 @@
+"""A quantised matrix, or a stack of them, as kernels see it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """MLX's codes and their scales for a matrix (N, K) or a stack (E, N, K).
+
+    `words` is int32 (..., N, K * bits / 32); scales and biases are (..., N, K / group_size), of one floating type for
+    mode "affine"; otherwise scales are uint8 and biases None.
+    """
+
+    words: Tensor
+    scales: Tensor
+    biases: Tensor | None
+    group_size: int
+    bits: int
+    mode: str
+
+    @classmethod
+    def of(
+        cls, w: Tensor, scales: Tensor, biases: Tensor | None, group_size: int, bits: int, mode: str = "affine"
+    ) -> "Packed":
+        """From MLX's own uint32 weight."""
+        return cls(w.view(torch.int32), scales, biases, group_size, bits, mode)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.words.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.words.shape[-1] * 32 // self.bits
+
+    @property
+    def pairs(self) -> Tensor | None:
+        """int32 (..., N, K / group_size): a half-precision scale (low half) and its bias in one word.
+
+        None where they do not lie side by side, as `PackedWeight` lays them out on a GPU.
+        """
+        scales, biases = self.scales, self.biases
+        groups = scales.shape[-1]
+        if biases is None or scales.element_size() != 2 or biases.storage_offset() != scales.storage_offset() + 1:
+            return None
+        stride = tuple(scales.stride())
+        if stride != biases.stride() or stride[-2:] != (2 * groups, 2) or scales.storage_offset() % 2:
+            return None
+        if scales.untyped_storage().data_ptr() != biases.untyped_storage().data_ptr():
+            return None
+        flat = scales.as_strided((*scales.shape[:-1], 2 * groups), (*stride[:-1], 1))
+        return flat.view(torch.int32)
