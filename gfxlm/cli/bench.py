@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +18,8 @@ from gfxlm.errors import UserError
 if TYPE_CHECKING:
     from gfxlm.engine.bench import Result
     from gfxlm.engine.info import ModelInfo
+    from gfxlm.models.base import CausalLM
+    from gfxlm.weights.checkpoint import Checkpoint
 
 _WIDTHS = {"model": 20, "size": 10, "params": 10, "test": 16, "t/s": 20}
 
@@ -45,6 +46,13 @@ class BenchModelOptions(ModelOptions):
 @grouped
 def bench(
     model: BenchModelOptions,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Random 4-bit weights in the shapes of qwen3-8b, qwen3-30b-a3b, qwen3-coder-next, or a config.json.",
+        ),
+    ] = None,
     prompt: Annotated[str, typer.Option("--n-prompt", "-p", help="Prompt lengths; 0 for none.")] = "512",
     generated: Annotated[str, typer.Option("--n-gen", "-n", help="Numbers of tokens to generate; 0 for none.")] = "128",
     both: Annotated[
@@ -69,9 +77,8 @@ def bench(
     from gfxlm.device.ceilings import backend_name, matmul_rate, read_bandwidth
     from gfxlm.engine.bench import Bench, Workload
     from gfxlm.engine.info import describe
-    from gfxlm.engine.load import open_checkpoint
 
-    lm, _ = model.load()
+    lm, checkpoint = _open(model, synthetic)
     runner = Bench(lm, batch_size=batch_size, prefill_step_size=prefill_step_size)
     workloads = [Workload(p, n, d) for d in depths for p, n in shapes]
     for workload in workloads:
@@ -81,15 +88,42 @@ def bench(
         f"measured on this machine: {machine.read_bandwidth / 1e9:.1f} GB/s of reads, "
         f"{machine.matmul_rate / 1e12:.3f} TFLOP/s in a bfloat16 matrix product"
     )
-    info = describe(open_checkpoint(model.path, model.revision), lm.dtype, lm.device)
+    info = describe(checkpoint, lm.dtype, lm.device)
 
     def measured() -> Iterator[dict[str, Any]]:
         for workload in workloads:
             with progress_bar(workload.name) as progress:
                 result = runner.run(workload, repetitions, warm_up=not no_warmup, progress=progress)
-            yield _row(Path(model.path).name, info, machine, result)
+            yield _row(checkpoint.folder.name, info, machine, result)
 
     {Output.MD: _markdown, Output.JSON: _json, Output.JSONL: _json_lines, Output.CSV: _csv}[output](measured())
+
+
+def _open(options: BenchModelOptions, synthetic: str | None) -> "tuple[CausalLM, Checkpoint]":
+    """The model to measure, and what describes it."""
+    import torch
+
+    from gfxlm.device.select import pick_device
+    from gfxlm.engine.load import open_checkpoint
+    from gfxlm.models.load import load_model
+    from gfxlm.models.synthetic import synthetic_checkpoint
+
+    if synthetic is None:
+        return options.load()[0], open_checkpoint(options.path, options.revision)
+    if options.model is not None:
+        raise UserError("--model and --synthetic: only one model can be measured")
+    device = pick_device(options.device)
+    checkpoint = synthetic_checkpoint(synthetic, device)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    total, done = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0
+    with progress_bar("making weights", in_bytes=True) as progress:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        return load_model(checkpoint, dtype=dtype, device=device, progress=count), checkpoint
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from gfxlm.device.ceilings import synchronize
-from gfxlm.engine.engine import Engine
+from gfxlm.engine.engine import Engine, Request
 from gfxlm.engine.info import ModelInfo
 from gfxlm.engine.params import SamplingParams
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
-from gfxlm.nn.cache import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,11 @@ class SyntheticTokens:
         """So many tokens, always the same."""
         return self._tokens[torch.arange(length, device=self._tokens.device) % len(self._tokens)].tolist()
 
+    @property
+    def graph_key(self) -> str:
+        """A recording of `sample` is always valid."""
+        return "synthetic"
+
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
         """There is nothing to remember."""
 
@@ -125,20 +129,21 @@ class Bench:
         `progress` is called with repetitions done and repetitions in all. Raises UserError as `check` does.
         """
         self.check(workload)
-        cache = self._model.make_cache(self._batch_size, workload.positions)
-        if workload.depth:
-            self._prefill(self._engine(cache, 0, workload.depth))
+        engine = self._engine(workload)
+        depth = self._begin(engine, 0, workload.depth) if workload.depth else []
+        self._prefill(engine)
+        self._end(engine, depth)
         if warm_up:
-            self._seconds(Workload(workload.prompt, min(workload.generated, 1), workload.depth), cache)
+            self._seconds(Workload(workload.prompt, min(workload.generated, 1), workload.depth), engine)
         speeds = []
         for repetition in range(repetitions):
-            seconds = self._seconds(workload, cache)
+            seconds = self._seconds(workload, engine)
             speeds.append(self._batch_size * (workload.prompt + workload.generated) / seconds)
             progress(repetition + 1, repetitions)
         return Result(workload, self._batch_size, speeds)
 
-    def _seconds(self, workload: Workload, cache: Cache) -> float:
-        engine = self._engine(cache, workload.depth, max(workload.prompt, 1))
+    def _seconds(self, workload: Workload, engine: Engine) -> float:
+        requests = self._begin(engine, workload.depth, max(workload.prompt, 1))
         if not workload.prompt:
             self._prefill(engine)
         synchronize(self._model.device)
@@ -148,15 +153,28 @@ class Bench:
         for _ in range(workload.generated):
             engine.step()
         synchronize(self._model.device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._end(engine, requests)
+        return seconds
 
-    def _engine(self, cache: Cache, depth: int, prompt: int) -> Engine:
-        """An engine about to read a prompt in every slot, whatever the cache holds beyond `depth`."""
-        cache.lengths[:] = [depth] * self._batch_size
-        engine = Engine(self._model, cache=cache, sampler=self._tokens, prefill_step_size=self._prefill_step_size)
-        for _ in range(self._batch_size):
-            engine.add(self._tokens.prompt(prompt), SamplingParams(max_tokens=-1))
-        return engine
+    def _engine(self, workload: Workload) -> Engine:
+        return Engine(
+            self._model,
+            max_batch=self._batch_size,
+            max_context=workload.positions,
+            sampler=self._tokens,
+            prefill_step_size=self._prefill_step_size,
+        )
+
+    def _begin(self, engine: Engine, depth: int, prompt: int) -> list[Request]:
+        """A prompt for every slot, whatever the cache holds beyond `depth`."""
+        engine.cache.lengths[:] = [depth] * self._batch_size
+        return [engine.add(self._tokens.prompt(prompt), SamplingParams(max_tokens=-1)) for _ in range(self._batch_size)]
+
+    @staticmethod
+    def _end(engine: Engine, requests: list[Request]) -> None:
+        for request in requests:
+            engine.finish(request)
 
     @staticmethod
     def _prefill(engine: Engine) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.device.threads import single_thread
+from gfxlm.engine.decode import DecodeStep, Sampled, StepSampler
 from gfxlm.engine.diagnose import first_nan_module
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.sampler import Sampler
@@ -24,14 +25,12 @@ _SMALL_BYTES = 64 << 20
 FinishReason = Literal["stop", "length", "error"]
 
 
-class TokenSampler(Protocol):
+class TokenSampler(StepSampler, Protocol):
     """What the engine asks of a sampler: `gfxlm.engine.sampler.Sampler`, or one that calls the user's functions."""
 
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None: ...
 
     def clear(self, slot: int) -> None: ...
-
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -56,11 +55,20 @@ class Request:
         return self.prompt[self.prefilled :] or self.tokens[-1:]
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A decode step under way: its requests in the order of its rows, and whether it is the last one they can have."""
+
+    ends: dict[Request, bool]
+    sampled: Sampled
+
+
 class Engine:
     """Continuous batching over one model and one cache of fixed address.
 
     `max_batch` requests run at once, each with up to `max_context` positions; the others wait in the order they came.
     A `cache` from outside is continued: a request begins with what its slot holds, and leaves its own tokens there.
+    With `overlap`, the default on a GPU, a decode step is launched before the tokens of the one before it are read.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Engine:
         prefill_step_size: int = 2048,
         cache: Cache | None = None,
         sampler: TokenSampler | None = None,
+        overlap: bool | None = None,
     ) -> None:
         if prefill_step_size < 1:
             raise UserError(f"prefill_step_size must be at least 1, but is {prefill_step_size}")
@@ -81,7 +90,11 @@ class Engine:
         self.prefill_step_size = prefill_step_size
         self._owns_cache = cache is None
         self.cache = cache or model.make_cache(max_batch, max_context or model.config.max_position_embeddings)
-        self.sampler = sampler or Sampler(len(self.cache.lengths), model.config.vocab_size, model.device)
+        # One slot more: rows that pad a batch are sampled there.
+        self.sampler = sampler or Sampler(len(self.cache.lengths) + 1, model.config.vocab_size, model.device)
+        overlap = model.device.type != "cpu" if overlap is None else overlap
+        self._decode_step = DecodeStep(model, self.cache, self.sampler) if overlap else None
+        self._launched: _Launched | None = None
         self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
         self._free = deque(range(len(self.cache.lengths)))
         self._waiting: deque[Request] = deque()
@@ -135,11 +148,50 @@ class Engine:
     def step(self) -> list[Request]:
         """Run the model once over everything that is due; returns the requests that got a token or failed."""
         self._admit()
+        if self._decode_step is not None and not self.prefilling:
+            return self._overlapped_step(self._decode_step)
+        if self._launched is not None:  # its tokens must be known before their requests go on in another way
+            launched, self._launched = self._launched, None
+            return self._read(launched)
         work = self._plan()
         if not work:
             return []
         with single_thread(self._small and sum(count for _, count in work) <= _FEW_ROWS):
             return self._run(work)
+
+    def _overlapped_step(self, decode_step: DecodeStep) -> list[Request]:
+        """Launch the next decode step, then read the one before."""
+        current = self._launched or self._launch(decode_step)
+        if current is None:
+            return []
+        self._launched = current
+        # A sampler on the host has to see this step's tokens first.
+        self._launched = None if self.sampler.graph_key is None else self._launch(decode_step)
+        return self._read(current)
+
+    def _launch(self, decode_step: DecodeStep) -> "_Launched | None":
+        """One decode step of all that run, but for those of which it is known that the step before ends them."""
+        before = self._launched.ends if self._launched else {}
+        requests = [request for request in self._running if not before.get(request)]
+        if not requests:
+            return None
+        slots = [request.slot for request in requests]
+        sampled = decode_step.run(slots)
+        for slot in slots:
+            self.cache.lengths[slot] += 1
+        counts = [len(request.tokens) + (request in before) + 1 for request in requests]
+        ends = [self._at_limit(request, count) for request, count in zip(requests, counts, strict=True)]
+        return _Launched(dict(zip(requests, ends, strict=True)), sampled)
+
+    def _read(self, launched: "_Launched") -> list[Request]:
+        """Hand out a step's tokens to those of its requests that still run."""
+        tokens, logprobs = launched.sampled.tokens(), launched.sampled.logprobs
+        running = []
+        for row, (request, ends) in enumerate(launched.ends.items()):
+            if request.finish_reason is None:
+                running.append(request)
+                self._accept(request, tokens[row], None if logprobs is None else logprobs[row], ends)
+        return running
 
     def _run(self, work: list[tuple[Request, int]]) -> list[Request]:
         tokens = [token for request, count in work for token in request.pending[:count]]
@@ -187,21 +239,28 @@ class Engine:
 
     def _take_tokens(self, requests: list[Request], hidden: Tensor, slots: Tensor, positions: Tensor) -> None:
         tokens, logprobs = self.sampler.sample(self.model.logits(hidden), slots, positions)
+        if self._decode_step is not None:
+            self._decode_step.put(slots, tokens.clamp(min=0), positions + 1)
         for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
-            if token < 0:
-                self._fail(request)
-                continue
-            request.tokens.append(token)
-            request.logprobs = logprobs[row] if logprobs is not None and request.params.logprobs else None
-            request.finish_reason = self._finish_reason(request, token)
-            if request.finish_reason is not None:
-                self._release(request)
+            ends = self._at_limit(request, len(request.tokens) + 1)
+            self._accept(request, token, None if logprobs is None else logprobs[row], ends)
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+    def _accept(self, request: Request, token: int, logprobs: Tensor | None, ends: bool) -> None:
+        if token < 0:
+            self._fail(request)
+            return
+        request.tokens.append(token)
+        request.logprobs = logprobs if request.params.logprobs else None
         if token in self.eos_token_ids:
-            return "stop"
-        full = self.cache.lengths[request.slot] == self.cache.max_context
-        return "length" if full or len(request.tokens) == request.params.max_tokens else None
+            request.finish_reason = "stop"
+        elif ends:
+            request.finish_reason = "length"
+        if request.finish_reason is not None:
+            self._release(request)
+
+    def _at_limit(self, request: Request, tokens: int) -> bool:
+        """Whether a request that has so many tokens, the last of them not yet in the cache, can have no more."""
+        return tokens == request.params.max_tokens or self.cache.lengths[request.slot] == self.cache.max_context
 
     def _fail(self, request: Request) -> None:
         place = first_nan_module(self.model, [*request.prompt, *request.tokens])
@@ -216,7 +275,8 @@ class Engine:
         self._free.append(slot)
         continued = request.keep_cache or not self._owns_cache
         fits = self.cache.lengths[slot] < self.cache.max_context
-        if continued and fits and request.tokens and request.error is None:
+        fed = self._launched is not None and request in self._launched.ends
+        if continued and fits and request.tokens and request.error is None and not fed:
             # Whoever goes on from this cache expects the last token in it.
             self._forward(request.tokens[-1:], [slot], [1])
         if request.keep_cache:

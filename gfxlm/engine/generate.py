@@ -62,6 +62,11 @@ class CallbackSampler:
     processors: Sequence[LogitsProcessor] = ()
     tokens: dict[int, list[int]] = field(default_factory=dict)  # by slot
 
+    @property
+    def graph_key(self) -> None:
+        """The functions run on the host."""
+        return None
+
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
         self.tokens[slot] = list(prompt_tokens)
 

@@ -196,6 +196,11 @@ class Sampler:
         self._history = torch.full((n_slots, max_context), -1, device=device)  # a ring per slot
         self._length = torch.zeros(n_slots, dtype=torch.int64, device=device)  # tokens ever pushed
 
+    @property
+    def graph_key(self) -> Features:
+        """What a recording of `sample` is valid for."""
+        return self.features
+
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int] = ()) -> None:
         """Give `slot` to a request. Raises UserError where it asks for more than the sampler holds."""
         self._check(params)

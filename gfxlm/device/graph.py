@@ -1,0 +1,80 @@
+"""Work that is recorded once and replayed as one: capture, replay, reset."""
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_DISABLED = "GFXLM_NO_GRAPH"
+
+
+class Graph:
+    """A function without arguments over tensors of fixed address, recorded where the device can do that.
+
+    Where it cannot, `replay` calls the function, and one warning says why. What the function allocates stays where it
+    was recorded, so its results are found at the same place after every replay. The function is called once before it
+    is recorded, because no kernel may be compiled meanwhile.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: object = None) -> None:
+        self._function = function
+        self._device = device
+        self._pool = pool
+        self._recorded: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether `replay` replays, or only calls the function."""
+        return self._recorded is not None
+
+    def capture(self) -> None:
+        """Call the function once, and record it."""
+        if reason := _impossible(self._device):
+            if self._device.type == "cuda":
+                _warn(reason)
+            return
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._function()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    self._function()
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                _warn(str(error).strip().splitlines()[0])
+                return
+        self._recorded = graph
+
+    def replay(self) -> None:
+        """Run what was recorded, or the function itself."""
+        if self._recorded is None:
+            self._function()
+        else:
+            self._recorded.replay()
+
+    def reset(self) -> None:
+        """Forget the recording and give its memory back."""
+        if self._recorded is not None:
+            self._recorded.reset()
+            self._recorded = None
+
+
+def shared_pool(device: torch.device) -> object:
+    """A memory pool for graphs that never run at the same time, None where nothing is recorded."""
+    return None if _impossible(device) else torch.cuda.graph_pool_handle()
+
+
+def _impossible(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"a {device.type} has no graphs"
+    return f"{_DISABLED} is set" if os.environ.get(_DISABLED) else None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"the decode step is not captured, and runs kernel by kernel: {reason}", stacklevel=3)

@@ -1,0 +1,170 @@
+"""The decode step: one more token for every row, from tensors of fixed address, the host one step behind.
+
+What a row needs lies on the device by slot: its last token and how many positions it has. A step takes both from
+there and leaves both there, so that the next one can be launched before anybody has read this one's tokens.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gfxlm.device.graph import Graph, shared_pool
+from gfxlm.models.base import CausalLM
+from gfxlm.nn.cache import Cache
+from gfxlm.ops.ragged import Slots, Span
+
+
+class StepSampler(Protocol):
+    """What the step asks of a sampler."""
+
+    @property
+    def graph_key(self) -> Hashable | None:
+        """What a recording of `sample` is valid for; None where it cannot be recorded."""
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One step's tokens on their way to the host. `logprobs` is (R, V) fp32 or None."""
+
+    _tokens: Tensor
+    logprobs: Tensor | None
+    _arrived: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        """Wait for the tokens, -1 where the logits were not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tokens.tolist()
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """The fixed tensors and the recordings for steps of up to `rows` rows."""
+
+    rows: int
+    slots: Tensor  # (rows,), -1 for padding
+    places: Tensor  # (rows,), the slot's row in `DecodeStep`'s books; the last one for padding
+    tokens: Tensor  # (rows,)
+    positions: Tensor  # (rows,)
+    logits: Tensor  # (rows, V)
+    forward: Graph = field(init=False)
+    logprobs: Tensor | None = None
+    filled: tuple[int, ...] = ()
+    sampling: dict[Hashable, Graph] = field(default_factory=dict)
+
+
+class DecodeStep:
+    """Runs decode steps over one model, cache and sampler; recorded per number of rows where the device can do that."""
+
+    def __init__(self, model: CausalLM, cache: Cache, sampler: StepSampler) -> None:
+        self._model, self._cache, self._sampler = model, cache, sampler
+        self._slots = len(cache.lengths)
+        device = model.device
+        self._last = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
+        self._length = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
+        self._buckets: dict[int, _Bucket] = {}
+        self._pool = shared_pool(device)
+
+    def put(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> None:
+        """Say what rows begin with: their last token, which the cache does not hold yet, and the positions it holds."""
+        self._last.index_copy_(0, slots, tokens)
+        self._length.index_copy_(0, slots, lengths)
+
+    def run(self, slots: Sequence[int]) -> Sampled:
+        """Launch one step for these slots. Waits for nothing."""
+        bucket = self._bucket(len(slots))
+        self._fill(bucket, tuple(slots))
+        bucket.forward.replay()
+        key = self._sampler.graph_key
+        if key is None:
+            self._sample(bucket, len(slots))  # nobody from outside is shown padding
+        else:
+            self._sampling(bucket, key).replay()
+        return self._send(bucket)
+
+    def _bucket(self, rows: int) -> _Bucket:
+        if self._pool is None:  # where nothing is recorded, padding would only cost
+            if rows not in self._buckets:
+                self._add_bucket(rows)
+            return self._buckets[rows]
+        if not self._buckets:
+            self._capture_all()
+        return self._buckets[min(size for size in self._buckets if size >= rows)]
+
+    def _capture_all(self) -> None:
+        """Largest first: the smaller ones then fit into the memory that it has taken."""
+        sizes = {self._slots} | {1 << i for i in range((self._slots - 1).bit_length())}
+        for size in sorted(sizes, reverse=True):
+            self._add_bucket(size).forward.capture()
+
+    def _add_bucket(self, rows: int) -> _Bucket:
+        device = self._model.device
+
+        def integers(value: int) -> Tensor:
+            return torch.full((rows,), value, dtype=torch.int64, device=device)
+
+        logits = torch.empty(rows, self._model.config.vocab_size, dtype=self._model.dtype, device=device)
+        bucket = _Bucket(rows, integers(-1), integers(self._slots), integers(0), integers(0), logits)
+        bucket.forward = Graph(lambda: self._forward(bucket), device, pool=self._pool)
+        self._buckets[rows] = bucket
+        return bucket
+
+    def _fill(self, bucket: _Bucket, slots: tuple[int, ...]) -> None:
+        if bucket.filled == slots:
+            return
+        padding = bucket.rows - len(slots)
+        both = torch.tensor([[*slots, *[-1] * padding], [*slots, *[self._slots] * padding]])
+        if bucket.slots.is_cuda:
+            both = both.pin_memory()
+        bucket.slots.copy_(both[0], non_blocking=True)
+        bucket.places.copy_(both[1], non_blocking=True)
+        bucket.filled = slots
+
+    def _forward(self, bucket: _Bucket) -> None:
+        bucket.tokens.copy_(self._last[bucket.places])
+        bucket.positions.copy_(self._length[bucket.places])
+        hidden = self._model.forward(
+            bucket.tokens, bucket.positions, Slots(bucket.slots, self._spans(bucket)), self._cache
+        )
+        bucket.logits.copy_(self._model.logits(hidden))
+
+    def _spans(self, bucket: _Bucket) -> tuple[Span, ...]:
+        """One row a sequence. A recording is made with nothing but padding, and serves for every length."""
+        real = [(slot, self._cache.lengths[slot] + 1) for slot in bucket.filled]
+        padding = [(-1, self._cache.max_context)] * (bucket.rows - len(real))
+        return tuple(Span(slot, row, row + 1, context) for row, (slot, context) in enumerate([*real, *padding]))
+
+    def _sampling(self, bucket: _Bucket, key: Hashable) -> Graph:
+        if key not in bucket.sampling:
+            graph = Graph(lambda: self._sample(bucket, bucket.rows), self._model.device, pool=self._pool)
+            filled = bucket.filled
+            self._fill(bucket, ())  # to be called once now must leave no trace
+            graph.capture()
+            self._fill(bucket, filled)
+            bucket.sampling[key] = graph
+        return bucket.sampling[key]
+
+    def _sample(self, bucket: _Bucket, rows: int) -> None:
+        """Choose tokens, and leave them where the next step finds them."""
+        places, positions = bucket.places[:rows], bucket.positions[:rows]
+        tokens, bucket.logprobs = self._sampler.sample(bucket.logits[:rows], places, positions)
+        bucket.tokens[:rows].copy_(tokens)
+        # A row whose logits were not finite is over; its successor must only be a token that exists.
+        self.put(places, tokens.clamp(min=0), positions + 1)
+
+    @staticmethod
+    def _send(bucket: _Bucket) -> Sampled:
+        rows = len(bucket.filled)
+        logprobs = None if bucket.logprobs is None else bucket.logprobs[:rows].clone()
+        if not bucket.tokens.is_cuda:
+            return Sampled(bucket.tokens.clone(), logprobs, None)
+        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+        tokens.copy_(bucket.tokens[:rows], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Sampled(tokens, logprobs, arrived)
