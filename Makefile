@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format codegen bench clean
 
 ## The main job: set up, then write code with the built-in 4-bit model.
 demo: $(VENV)/.run
@@ -23,6 +23,14 @@ check: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+## Compile every kernel for every AMD target, and write down what came out. Continues where it was interrupted.
+codegen: $(VENV)/.test
+	$(BIN)/python tools/codegen.py
+
+## Measure every kernel on the GPU that is here, if the kernels' tests pass.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.run --json benchmarks.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from gfxlm import __version__
-from gfxlm.cli import bench, chat, convert, generate, info, perplexity
+from gfxlm.cli import bench, chat, convert, generate, info, kernels, perplexity, tune, warmup
 from gfxlm.errors import GenerationError, UserError
 
 
@@ -99,5 +99,15 @@ def gfxlm(
     """MLX-format language models, fast on AMD GPUs, NVIDIA GPUs and plain CPUs."""
 
 
-for command in (generate.generate, chat.chat, perplexity.perplexity, bench.bench, info.info, convert.convert):
+for command in (
+    generate.generate,
+    chat.chat,
+    perplexity.perplexity,
+    bench.bench,
+    info.info,
+    convert.convert,
+    kernels.kernels,
+    warmup.warmup,
+    tune.tune,
+):
     app.command()(command)

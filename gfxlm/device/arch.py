@@ -1,12 +1,13 @@
 """Facts about GPU architectures, and which of them a tensor's device is."""
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +19,8 @@ from gfxlm.errors import UserError
 class Architecture:
     """What a kernel's tiles are chosen by, and what its code is held against.
 
-    `example` is the part that units, clock (GHz) and bandwidth (GB/s) are taken from, 0 where none is meant.
+    `example` is the part that units, clock (GHz) and bandwidth (GB/s) are taken from, 0 where none is meant. Registers
+    are the vector registers that the waves of one SIMD share, each as wide as a wave; four SIMDs share `pool_bytes`.
     """
 
     name: str
@@ -26,6 +28,11 @@ class Architecture:
     wave: int = 32  # lanes that run in step
     matrix: str = "none"  # wmma, mfma, mma, wgmma
     shared_bytes: int = 64 << 10  # of one program: LDS, or shared memory
+    kernels: bool = True  # false where no Triton kernel of ours runs: plain torch does the work
+    registers: int = 1024
+    register_lot: int = 16  # registers are handed out in lots
+    waves: int = 16  # at most on one SIMD
+    pool_bytes: int = 128 << 10
     example: str = ""
     units: int = 0
     clock: float = 0.0
@@ -42,29 +49,47 @@ class Architecture:
         lanes_a_second = self.units * 64 * self.clock * 1e9  # an AMD unit issues 64 lanes a clock
         return instructions / lanes_a_second / (nbytes / (self.bandwidth * 1e9))
 
+    def occupancy(self, vgprs: int, shared: int, num_warps: int) -> int:
+        """Waves of a kernel that one SIMD of an AMD unit holds at a time."""
+        lots = max(1, -(-vgprs // self.register_lot))
+        by_registers = self.registers // (lots * self.register_lot)
+        by_shared = self.pool_bytes // shared * num_warps // 4 if shared else self.waves
+        return min(self.waves, by_registers, by_shared)
 
-_cdna = partial(Architecture, family="gfx9", wave=64, matrix="mfma")
+
+_cdna = partial(
+    Architecture, family="gfx9", wave=64, matrix="mfma", registers=512, register_lot=8, waves=8, pool_bytes=64 << 10
+)
 _rdna3 = partial(Architecture, family="gfx11", matrix="wmma")
-_rdna4 = partial(Architecture, family="gfx12", matrix="wmma")
+_rdna3_large = partial(_rdna3, registers=1536, register_lot=24)
+_rdna4 = partial(Architecture, family="gfx12", matrix="wmma", registers=1536, register_lot=24)
 _nvidia = partial(Architecture, matrix="mma")
 
-# Units, boost clock and bandwidth are AMD's own data sheets'.
+# Units, boost clock and bandwidth are AMD's own data sheets'; registers and their lots are LLVM's.
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
         _cdna("gfx90a", example="MI250X, one die", units=110, clock=1.7, bandwidth=1638),
         _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300),
-        _cdna("gfx950", shared_bytes=160 << 10, example="MI350X", units=256, clock=2.2, bandwidth=8000),
-        _rdna3("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
-        _rdna3("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
+        _cdna(
+            "gfx950",
+            shared_bytes=160 << 10,
+            pool_bytes=160 << 10,
+            example="MI350X",
+            units=256,
+            clock=2.2,
+            bandwidth=8000,
+        ),
+        _rdna3_large("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
+        _rdna3_large("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
         _rdna3("gfx1102", example="RX 7600", units=32, clock=2.66, bandwidth=288),
         _rdna3("gfx1103", example="Radeon 780M", units=12, clock=2.7, bandwidth=120, integrated=True),
         _rdna3("gfx1150", example="Radeon 890M", units=16, clock=2.9, bandwidth=120, integrated=True),
-        _rdna3("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256, integrated=True),
+        _rdna3_large("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256, integrated=True),
         _rdna3("gfx1152", example="Radeon 860M", units=8, clock=3.0, bandwidth=120, integrated=True),
         _rdna4("gfx1200", example="RX 9060 XT", units=32, clock=3.13, bandwidth=320),
         _rdna4("gfx1201", example="R9700", units=64, clock=2.92, bandwidth=640),
-        Architecture("gfx1030", "gfx10", example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),
+        Architecture("gfx1030", "gfx10", kernels=False, example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),
         _nvidia("sm_80", "sm_80", shared_bytes=163 << 10),
         _nvidia("sm_86", "sm_80", shared_bytes=99 << 10),
         _nvidia("sm_89", "sm_80", shared_bytes=99 << 10),
@@ -112,9 +137,27 @@ def _detect(device: torch.device) -> Architecture:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     else:
         name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    relatives = [arch for arch in ARCHITECTURES.values() if arch.name[:-2] == name[:-2] and arch.vendor != "none"]
-    nearest = relatives[-1] if relatives else PORTABLE
-    warnings.warn(f"{name} is not known: it is treated as {nearest.name}", stacklevel=2)
-    return nearest
+    arch = recognized(name)
+    if arch.kernels and importlib.util.find_spec("triton") is None:
+        warnings.warn("triton is not installed: plain torch does the work, slowly", stacklevel=2)
+        return replace(arch, kernels=False)
+    return arch
+
+
+def recognized(name: str) -> Architecture:
+    """The architecture of a GPU that calls itself so; what is not known, or has no kernels, is warned of."""
+    arch = ARCHITECTURES.get(name) or _like(name)
+    if not arch.kernels:
+        warnings.warn(f"there are no kernels for {name}: plain torch does the work, slowly", stacklevel=3)
+    elif name not in ARCHITECTURES:
+        warnings.warn(f"{name} is not known: it is treated as its relatives are", stacklevel=3)
+    return arch
+
+
+def _like(name: str) -> Architecture:
+    """The least of the generation, whose names differ in the last digit; nothing is assumed of other generations."""
+    relatives = [arch for arch in ARCHITECTURES.values() if arch.name[:-1] == name[:-1]]
+    relatives = [arch for arch in relatives if arch.family != "gfx9"]  # gfx906 and gfx90a are no relatives
+    if not relatives:
+        return replace(PORTABLE, name=name, kernels=False)
+    return replace(min(relatives, key=lambda arch: (arch.shared_bytes, arch.registers)), name=name)

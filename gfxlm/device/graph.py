@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ class Graph:
     is recorded, because no kernel may be compiled meanwhile.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: object = None) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
         self._function = function
         self._device = device
         self._pool = pool
@@ -65,7 +66,7 @@ class Graph:
             self._recorded = None
 
 
-def shared_pool(device: torch.device) -> object:
+def shared_pool(device: torch.device) -> Any:
     """A memory pool for graphs that never run at the same time, None where nothing is recorded."""
     return None if _impossible(device) else torch.cuda.graph_pool_handle()
 

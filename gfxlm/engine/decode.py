@@ -136,7 +136,7 @@ class DecodeStep:
     def _spans(self, bucket: _Bucket) -> tuple[Span, ...]:
         """One row a sequence. A recording is made with nothing but padding, and serves for every length."""
         real = [(slot, self._cache.lengths[slot] + 1) for slot in bucket.filled]
-        padding = [(-1, self._cache.max_context)] * (bucket.rows - len(real))
+        padding = [(0, self._cache.max_context)] * (bucket.rows - len(real))
         return tuple(Span(slot, row, row + 1, context) for row, (slot, context) in enumerate([*real, *padding]))
 
     def _sampling(self, bucket: _Bucket, key: Hashable) -> Graph:

@@ -161,8 +161,9 @@ def _matrices(
         if weight.shape != expected:
             raise UserError(f"{path}.weight: shape {weight.shape} contradicts the config, which makes it {expected}")
         nbytes = resident = int(parameters * bits) // 8
-        if q and device.type == "cpu" and q.affine and int4_applies(q.group_size, dtype):
-            *stack, rows = leading
+        *stack, rows = leading
+        # A single row, the shared expert's gate, is merged into another matrix.
+        if q and rows > 1 and device.type == "cpu" and q.affine and int4_applies(q.group_size, dtype):
             resident = prod(stack) * int4_nbytes(rows, columns, q.group_size, q.bits)
         yield _Matrix(path, parameters, nbytes, resident, used.get(path, 1.0), q)
 
@@ -183,7 +184,7 @@ def _attention_cost(mixer: Attention, dtype: torch.dtype) -> AttentionCost:
 
 
 def _state_bytes(mixer: GatedDeltaNet, dtype: torch.dtype) -> int:
-    conv = (mixer.kernel - 1) * mixer.channels * dtype.itemsize
+    conv = mixer.kernel * mixer.channels * dtype.itemsize
     return conv + mixer.v_heads * mixer.v_dim * mixer.k_dim * torch.float32.itemsize
 
 

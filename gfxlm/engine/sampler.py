@@ -15,6 +15,7 @@ from torch import Tensor
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.random import gumbel, uniform
 from gfxlm.errors import UserError
+from gfxlm.ops._common import on_gpu
 
 MAX_BIASED_TOKENS = 1024
 MAX_SPECIAL_TOKENS = 64
@@ -146,7 +147,10 @@ def _filter_width(sampling: Sequence[SamplingParams], vocab_size: int) -> int:
 
 
 def _fp32_columns(params: SamplingParams) -> dict[str, float]:
-    """What the sampler keeps for a slot in fp32. Off is a value that changes no bit of the result."""
+    """What the sampler keeps for a slot in fp32. Off is a value that changes no bit of the result.
+
+    Kernels know the first three columns by their place, and so the first three of `_int64_columns`.
+    """
     return {
         "temperature": params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0,
         "top_p": params.top_p if 0 < params.top_p < 1 else math.inf,
@@ -163,12 +167,12 @@ def _int64_columns(params: SamplingParams) -> dict[str, int]:
     unlimited = 2**31
     seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
     return {
+        "seed": seed - 2**64 if seed >= 2**63 else seed,
         "top_k": params.top_k or unlimited,
         "min_tokens_to_keep": params.min_tokens_to_keep,
         "repetition_context_size": params.repetition_context_size,
         "presence_context_size": params.presence_context_size,
         "frequency_context_size": params.frequency_context_size,
-        "seed": seed - 2**64 if seed >= 2**63 else seed,
     }
 
 
@@ -237,19 +241,40 @@ class Sampler:
         if logits.ndim != 2 or logits.shape[1] != self.vocab_size:
             raise ValueError(f"logits must be (rows, {self.vocab_size}), but are {tuple(logits.shape)}")
         on = self.features
-        row = self._rows(slots) if on.sampling or on.history else {}
-        logits = self._process(logits.float(), slots, row)
-        best, tokens = logits.max(dim=1)  # (R,), (R,)
-        logprobs = torch.log_softmax(logits, dim=1) if on.sampling or on.logprobs else None
-        if on.sampling and logprobs is not None:
-            drawn = self._draw(logprobs, slots, positions, row)  # (R,)
-            tokens = torch.where(row["temperature"][:, 0] > 0, drawn, tokens)
-        tokens = torch.where(best.isfinite(), tokens, -1)
+        logits = self._process(logits, slots)
+        logprobs = None
+        if on_gpu(logits) and not on.xtc and not on.logprobs:
+            tokens = self._choose_by_kernels(logits, slots, positions)
+        else:
+            tokens, logprobs = self._choose(logits.float(), slots, positions)
         if on.history:
             length = self._length[slots]
             self._history[slots, length % self.max_context] = tokens
             self._length[slots] = length + 1
         return tokens, logprobs if on.logprobs else None
+
+    def _choose(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens (R,), and the log probabilities (R, V) if they were needed."""
+        on = self.features
+        best, tokens = logits.max(dim=1)  # (R,), (R,)
+        logprobs = torch.log_softmax(logits, dim=1) if on.sampling or on.logprobs else None
+        if on.sampling and logprobs is not None:
+            row = self._rows(slots)
+            drawn = self._draw(logprobs, slots, positions, row)  # (R,)
+            tokens = torch.where(row["temperature"][:, 0] > 0, drawn, tokens)
+        return torch.where(best.isfinite(), tokens, -1), logprobs
+
+    def _choose_by_kernels(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """The same tokens, but where fp32's rounding decides."""
+        from gfxlm.kernels.basic.filters import draw_filtered
+        from gfxlm.kernels.basic.sampling import draw
+        from gfxlm.kernels.basic.select import select
+
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        if not self.features.sampling:
+            return select(logits, finite=True)
+        return (draw_filtered if self.features.width else draw)(logits, self._fp32, self._int64, slots, positions)
 
     def _check(self, params: SamplingParams) -> None:
         for kind in ("repetition", "presence", "frequency"):
@@ -269,10 +294,14 @@ class Sampler:
         row = {name: fp32[:, i : i + 1] for i, name in enumerate(self._fp32_names)}
         return row | {name: int64[:, i : i + 1] for i, name in enumerate(self._int64_names)}
 
-    def _process(self, logits: Tensor, slots: Tensor, row: dict[str, Tensor]) -> Tensor:
+    def _process(self, logits: Tensor, slots: Tensor) -> Tensor:
+        """The logits with biases and penalties, in fp32 where there are any."""
         on = self.features
         if on.logit_bias:
-            logits = add_logit_bias(logits, self._bias_tokens[slots], self._bias[slots])
+            logits = add_logit_bias(logits.float(), self._bias_tokens[slots], self._bias[slots])
+        if not on.history:
+            return logits
+        logits, row = logits.float(), self._rows(slots)
         for kind, wanted, penalise in (
             ("repetition", on.repetition, penalise_repetition),
             ("presence", on.presence, penalise_presence),

@@ -1,12 +1,13 @@
 """A quantised matrix, or a stack of them, as kernels see it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Packed:
     """MLX's codes and their scales for a matrix (N, K) or a stack (E, N, K).
 
@@ -28,17 +29,17 @@ class Packed:
         """From MLX's own uint32 weight."""
         return cls(w.view(torch.int32), scales, biases, group_size, bits, mode)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """N."""
         return self.words.shape[-2]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """K."""
         return self.words.shape[-1] * 32 // self.bits
 
-    @property
+    @cached_property
     def pairs(self) -> Tensor | None:
         """int32 (..., N, K / group_size): a half-precision scale (low half) and its bias in one word.
 

@@ -44,8 +44,8 @@ class DecoderLayer(Module):
         return mixer
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache) -> Tensor:  # (N, hidden) -> (N, hidden)
-        x = x + self.mixer(self.input_layernorm(x), context, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.mixer(self.input_layernorm(x), context, cache, x)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 class Decoder(Module):
@@ -178,6 +178,6 @@ class CausalLM(Module):
         if isinstance(mixer, Attention):
             return KVCache.allocate(slots, max_context, mixer.kv_heads, mixer.head_dim, self.dtype, self.device)
         return RecurrentCache(
-            torch.zeros(slots, mixer.kernel - 1, mixer.channels, dtype=self.dtype, device=self.device),
+            torch.zeros(slots, mixer.kernel, mixer.channels, dtype=self.dtype, device=self.device),
             torch.zeros(slots, mixer.v_heads, mixer.v_dim, mixer.k_dim, device=self.device),
         )

@@ -1,14 +1,14 @@
 """Grouped-query attention over a cache."""
 
-import torch
 from torch import Tensor
 
-from gfxlm.nn.cache import KVCache
+from gfxlm.nn.cache import KVCache, QuantizedKVCache
 from gfxlm.nn.context import Context
 from gfxlm.nn.linear import Linear, MergedLinear
 from gfxlm.nn.module import Module
 from gfxlm.nn.norm import RMSNorm
-from gfxlm.ops import cached_attention, rotate
+from gfxlm.ops import cached_attention
+from gfxlm.ops.kv import write_qkv
 
 
 class Attention(Module):
@@ -46,14 +46,28 @@ class Attention(Module):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache) -> Tensor:  # (N, hidden) -> (N, hidden)
+    def forward(
+        self, x: Tensor, context: Context, cache: KVCache | QuantizedKVCache, residual: Tensor | None = None
+    ) -> Tensor:
+        """(N, hidden_size) to (N, hidden_size), plus the residual if there is one."""
         q, k, v = (t.unflatten(-1, (heads, -1)) for t, heads in zip(self.qkv_proj(x), self._head_counts, strict=True))
+        gate = None
         if self.gated:
             q, gate = q.chunk(2, dim=-1)  # (N, H, D) each
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(t, context.cos, context.sin, traditional=self.traditional_rope) for t in (q, k))
-        cache.write(k, v, context.positions, context.slots)
+        q = write_qkv(
+            q,
+            k,
+            v,
+            cache.keys,
+            cache.values,
+            context.positions,
+            context.slots,
+            cos=context.cos,
+            sin=context.sin,
+            norms=(self.q_norm.weight, self.k_norm.weight) if self.has_qk_norm else None,
+            eps=self.q_norm.eps if self.has_qk_norm else 0.0,
+            traditional=self.traditional_rope,
+        )
         out = cached_attention(
             q,
             cache.keys,
@@ -62,10 +76,10 @@ class Attention(Module):
             context.slots,
             scale=self.head_dim**-0.5,
             window=self.window,
+            gate=gate,
         )
-        if self.gated:
-            out = (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
-        return self.o_proj(out.flatten(-2))
+        projected: Tensor = self.o_proj(out.flatten(-2), residual)
+        return projected
 
     @property
     def _head_counts(self) -> tuple[int, int, int]:

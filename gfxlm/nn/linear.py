@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.nn.module import Module, join, parent
+from gfxlm.ops import swiglu
 from gfxlm.weights.source import WeightSource
 from gfxlm.weights.weight import Weight
 
@@ -30,9 +31,9 @@ class Linear(Module):
     def matrices(self, path: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
         yield path, (self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """What is added to `residual` where one is given."""
+        return self.weight.matmul(x, bias=self.bias, residual=residual)
 
 
 class MergedLinear(Module):
@@ -59,10 +60,12 @@ class MergedLinear(Module):
             yield join(parent(path), name), (size, self.in_features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in_features) -> one (..., size) for each part
-        y = self.weight.matmul(x)
-        if self.bias is not None:
-            y = y + self.bias
+        y = self.weight.matmul(x, bias=self.bias)
         return torch.split(y, list(self.parts.values()), dim=-1)
+
+    def swiglu(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., size of a part)
+        """`silu(gate) * up` of two parts of one size."""
+        return self.weight.swiglu(x) if self.bias is None else swiglu(*self(x))
 
 
 class Embedding(Module):

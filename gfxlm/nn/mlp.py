@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from gfxlm.nn.linear import Linear, MergedLinear
 from gfxlm.nn.module import Module, join
-from gfxlm.ops import expert_mlp, route, swiglu
+from gfxlm.ops.moe import SharedExpert, expert_mlp, route
 from gfxlm.weights.source import WeightSource
 from gfxlm.weights.weight import Weight
 
@@ -21,8 +20,9 @@ class GatedMLP(Module):
         self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, hidden) -> (N, hidden)
-        return self.down_proj(swiglu(*self.gate_up_proj(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (N, hidden) -> (N, hidden)
+        """What is added to `residual` where one is given."""
+        return self.down_proj(self.gate_up_proj.swiglu(x), residual)
 
 
 class SwitchGLU(Module):
@@ -45,8 +45,15 @@ class SwitchGLU(Module):
             yield join(path, name), (self.experts, self.intermediate_size, self.hidden_size)
         yield join(path, "down_proj"), (self.experts, self.hidden_size, self.intermediate_size)
 
-    def forward(self, x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:  # (N, hidden), (N, k), (N, k)
-        return expert_mlp(x, experts, scores, self.gate_up, self.down)
+    def forward(  # (N, hidden), (N, k), (N, k) -> (N, hidden)
+        self,
+        x: Tensor,
+        experts: Tensor,
+        scores: Tensor,
+        shared: SharedExpert | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return expert_mlp(x, experts, scores, self.gate_up, self.down, shared=shared, residual=residual)
 
 
 class SparseMoE(Module):
@@ -65,17 +72,21 @@ class SparseMoE(Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
-        self.gate = Linear(hidden_size, experts)
-        self.switch_mlp = SwitchGLU(hidden_size, intermediate_size, experts)
         self.has_shared_expert = shared_intermediate_size is not None
+        # The shared expert's gate is one more row of the router.
+        self.gate = MergedLinear(
+            hidden_size, {"gate": experts} | ({"shared_expert_gate": 1} if self.has_shared_expert else {})
+        )
+        self.switch_mlp = SwitchGLU(hidden_size, intermediate_size, experts)
         if shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(hidden_size, shared_intermediate_size)
-            self.shared_expert_gate = Linear(hidden_size, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, hidden) -> (N, hidden)
-        experts, scores = route(self.gate(x), self.top_k, normalize=self.normalize)
-        y = self.switch_mlp(x, experts, scores)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (N, hidden) -> (N, hidden)
+        """What is added to `residual` where one is given."""
+        logits, *shared_logits = self.gate(x)
+        experts, scores = route(logits, self.top_k, normalize=self.normalize)
+        shared = None
         if self.has_shared_expert:
-            shared = torch.sigmoid(self.shared_expert_gate(x).float()) * self.shared_expert(x).float()
-            y = (y.float() + shared).to(x.dtype)
-        return y
+            mlp = self.shared_expert
+            shared = SharedExpert(mlp.gate_up_proj.weight, mlp.down_proj.weight, shared_logits[0])
+        return self.switch_mlp(x, experts, scores, shared, residual)

@@ -58,8 +58,10 @@ class RoPE(Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions (N,): fp32 (N, 1, dims / 2) each."""
-        cos, sin = rope_angles(positions, self.dims, freqs=self.freqs, scale=self.position_scale)
-        return self.magnitude * cos[:, None], self.magnitude * sin[:, None]
+        cos, sin = rope_angles(
+            positions, self.dims, freqs=self.freqs, scale=self.position_scale, magnitude=self.magnitude
+        )
+        return cos[:, None], sin[:, None]
 
 
 def _llama3(freqs: Tensor, scaling: Scaling) -> Tensor:

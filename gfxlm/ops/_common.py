@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gfxlm.device.arch import architecture
+
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
@@ -23,8 +25,8 @@ def widen(x: Tensor) -> Tensor:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether kernels do the work: x lies on a GPU, or stands for a tensor that does while launches are recorded."""
-    return x.is_cuda or x.is_meta
+    """Whether kernels do the work: x lies on a GPU that they run on, or stands for such a tensor in a recording."""
+    return (x.is_cuda or x.is_meta) and architecture(x.device).kernels
 
 
 def as_signed(x: Tensor) -> Tensor:
@@ -35,3 +37,11 @@ def as_signed(x: Tensor) -> Tensor:
 def sign_bit(dtype: torch.dtype) -> int:
     """What to XOR into `as_signed` bits so that they compare as this type does; 0 if nothing is needed."""
     return torch.iinfo(_SIGNED[dtype]).min if dtype in _SIGNED else 0
+
+
+def kernels_take(*tensors: Tensor | None) -> bool:
+    """Whether float kernels can work on these: all lie on a GPU, none is float64, and no gradient is wanted."""
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    return all(on_gpu(t) and t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in given)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import normalize_axis, widen
+from gfxlm.ops._common import kernels_take, normalize_axis, widen
 
 # Larger float32 temporaries than this cost the CPU more in fresh pages than the arithmetic does.
 _SWIGLU_BLOCK = 1 << 17
@@ -25,6 +25,10 @@ def softmax(a: Tensor, axis: int | Sequence[int] | None = None, *, precise: bool
         raise ValueError(f"softmax: axis names a dimension twice: {tuple(axes)}")
     dtype = a.dtype if a.is_floating_point() else torch.float32
     wide = torch.promote_types(dtype, torch.float32)
+    if len(axes) == 1 and axes[0] == a.ndim - 1 and kernels_take(a):
+        from gfxlm.kernels.basic import activation
+
+        return activation.softmax(a, dtype)
     if len(axes) == 1:
         return torch.softmax(a, axes[0], dtype=wide).to(dtype)
     last = tuple(range(a.ndim - len(axes), a.ndim))
@@ -44,6 +48,12 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(gate.dtype, x.dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"swiglu: gate and x must be floating, got {gate.dtype} and {x.dtype}")
+    if gate.device != x.device:
+        raise ValueError(f"swiglu: gate and x must lie on one device, got {gate.device} and {x.device}")
+    if gate.ndim > 0 and kernels_take(gate, x):
+        from gfxlm.kernels.basic import activation
+
+        return activation.swiglu(gate, x, dtype)
     if gate.device.type != "cpu" or gate.numel() <= _SWIGLU_BLOCK:
         return (F.silu(widen(gate)) * x).to(dtype)
     shape, width = gate.shape, gate.shape[-1]

@@ -1,13 +1,16 @@
 """Attention with grouped queries: over given keys, and over the rows of a flattened batch with a KV cache.
 
-`reference` says what is meant; torch's fused kernel does the work, except where there are sinks.
+`reference` says what is meant. On the CPU torch's fused kernel does the work, except where there are sinks; on a GPU
+kernels of our own do, except where the architecture's table names a kernel of torch's that is faster.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import widen
+from gfxlm.kernels.attention.store import Store
+from gfxlm.ops._common import on_gpu, widen
+from gfxlm.ops.kv import check_stores, read
 from gfxlm.ops.ragged import Slots, Span
 
 # Up to this many query rows, the query heads that share a key head are laid out as rows of one head: the CPU
@@ -15,6 +18,9 @@ from gfxlm.ops.ragged import Slots, Span
 _FOLDED_ROWS = 16
 # The reference holds at most this many scores at a time.
 _REFERENCE_SCORES = 1 << 24
+# What the kernels know; all else on a GPU is torch's.
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_HEAD_SIZE = 256
 
 
 def scaled_dot_product_attention(
@@ -38,11 +44,18 @@ def scaled_dot_product_attention(
     would widen the result's type.
     """
     dtype = _check_qkv(q, k, v)
-    visible = _resolve_mask(q, k, mask, dtype)
+    given = _check_mask(q, k, mask, dtype)
+    causal = isinstance(mask, str)
     if sinks is not None:
         _check_sinks("scaled_dot_product_attention", sinks, q.shape[1], dtype)
-    causal = isinstance(mask, str) and q.shape[2] == k.shape[2]
-    out = _attend(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale, mask=visible, causal=causal, sinks=sinks)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if _kernel_takes(q, k, v, scale) and not _wants_gradient(q, k, v, given, sinks):
+        from gfxlm.ops.attention_gpu import dense
+
+        return dense(q, k, v, scale=scale, causal=causal, mask=given, sinks=sinks)
+    visible = _causal_mask(q, k) if causal else given
+    causal = causal and visible is None and q.shape[2] > 1
+    out = _attend(q, k, v, scale=scale, mask=visible, causal=causal, sinks=sinks)
     if visible is None:
         return out
     # torch's kernels disagree about a row that sees nothing: zeros on the CPU, the mean of v on CUDA.
@@ -52,32 +65,49 @@ def scaled_dot_product_attention(
 
 def cached_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Store,
+    v_cache: Store,
     positions: Tensor,
     slots: Slots,
     *,
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    gate: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Attention of the rows of a flattened batch over the caches of their sequences.
 
     q is (N, Hq, D); k_cache (n_slots, max_context, Hkv, D) and v_cache (n_slots, max_context, Hkv, Dv)
-    already hold these rows' keys and values; the result is (N, Hq, Dv). The row at position p of its slot,
-    `positions` (N,), sees the keys j with j <= p, and p - window < j if there is a window. sinks are as in
-    `scaled_dot_product_attention`. A row that no span covers gives zeros.
+    already hold these rows' keys and values, as numbers or `Quantized`; the result is (N, Hq, Dv). The row at
+    position p of its slot, `positions` (N,), sees the keys j with j <= p, and p - window < j if there is a window.
+    sinks are as in `scaled_dot_product_attention`. A row that no span covers gives zeros. With a gate, (N, Hq, Dv),
+    the result is multiplied by its sigmoid. With `pages`, int32 (slots, n), the caches are as in `ops.kv`.
+
+    On a GPU, sequences of up to 8 rows take their slots and lengths from `slots.index` and `positions`, not from the
+    spans, so that a captured call serves every length; rows with a negative slot then give zeros.
 
     ValueError if shapes or types do not fit or a span lies outside the batch or the caches.
     """
     _check_cached(q, k_cache, v_cache, positions, window, sinks)
+    check_stores("cached_attention", k_cache, v_cache, pages)
+    if gate is not None and (gate.shape != (*q.shape[:2], v_cache.shape[3]) or gate.dtype != q.dtype):
+        wanted = f"{q.dtype} {(*q.shape[:2], v_cache.shape[3])}"
+        raise ValueError(f"cached_attention: gate must be {wanted}, got {gate.dtype} {tuple(gate.shape)}")
+    for span in slots.spans:
+        _check_span(span, q, k_cache, pages)
+    if _kernel_takes(q, k_cache, v_cache, scale):
+        from gfxlm.ops.attention_gpu import cached
+
+        return cached(
+            q, k_cache, v_cache, positions, slots, scale=scale, window=window, sinks=sinks, gate=gate, pages=pages
+        )
     out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[-1])
     for span in slots.spans:
-        _check_span(span, q, k_cache)
         rows = slice(span.start, span.stop)
         count = span.stop - span.start
         first = 0 if window is None else max(0, span.context - count - window + 1)
-        keys, values = (cache[span.slot, first : span.context] for cache in (k_cache, v_cache))  # (S, Hkv, D)
+        keys, values = (read(cache, span.slot, first, span.context, pages) for cache in (k_cache, v_cache))
         whole = count == span.context and (window is None or window >= count)
         mask = None
         if count > 1 and not whole:
@@ -91,7 +121,7 @@ def cached_attention(
             causal=whole and count > 1,
             sinks=sinks,
         )[0].transpose(0, 1)
-    return out
+    return out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
 
 
 def reference(
@@ -167,19 +197,32 @@ def _seen(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen[None, None]
 
 
-def _resolve_mask(q: Tensor, k: Tensor, mask: Tensor | str | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as a 4-D tensor, or None if every query sees every key or `causal` says it all."""
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask of that name as a 4-D tensor; None where there is nothing to hide or Tq == Tk says it all."""
     rows, keys = q.shape[2], k.shape[2]
-    if isinstance(mask, str):
-        if mask != "causal":
-            raise ValueError(f"scaled_dot_product_attention: mask must be 'causal' or a tensor, got {mask!r}")
-        if rows == keys or rows == 1:
-            return None
-        ends = torch.arange(keys - rows, keys, device=q.device)
-        return _seen(ends, torch.arange(keys, device=q.device), None)
-    if mask is None:
+    if rows == keys or rows == 1:
         return None
-    full = (*q.shape[:3], keys)
+    ends = torch.arange(keys - rows, keys, device=q.device)
+    return _seen(ends, torch.arange(keys, device=q.device), None)
+
+
+def _kernel_takes(q: Tensor, k: Store, v: Store, scale: float) -> bool:
+    """Whether our kernels do this."""
+    fits = q.dtype in _KERNEL_DTYPES and max(k.shape[3], v.shape[3]) <= _KERNEL_HEAD_SIZE
+    return on_gpu(q) and fits and scale > 0
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor | str | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask that is a tensor, with 4 dimensions."""
+    if isinstance(mask, str) and mask != "causal":
+        raise ValueError(f"scaled_dot_product_attention: mask must be 'causal' or a tensor, got {mask!r}")
+    if mask is None or isinstance(mask, str):
+        return None
+    full = (*q.shape[:3], k.shape[2])
     if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
         raise ValueError(
             f"scaled_dot_product_attention: mask {tuple(mask.shape)} does not broadcast to {full}, "
@@ -213,10 +256,10 @@ def _check_sinks(op: str, sinks: Tensor, heads: int, dtype: torch.dtype) -> None
 
 
 def _check_cached(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int | None, sinks: Tensor | None
+    q: Tensor, k_cache: Store, v_cache: Store, positions: Tensor, window: int | None, sinks: Tensor | None
 ) -> None:
     shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
-    if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
+    if q.ndim != 3 or not len(k_cache.shape) == len(v_cache.shape) == 4 or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
             f"cached_attention: q must be (N, Hq, D) and the caches (slots, context, Hkv, D), got {shapes}"
         )
@@ -232,8 +275,9 @@ def _check_cached(
         _check_sinks("cached_attention", sinks, q.shape[1], q.dtype)
 
 
-def _check_span(span: Span, q: Tensor, cache: Tensor) -> None:
+def _check_span(span: Span, q: Tensor, cache: Store, pages: Tensor | None) -> None:
+    slots, keys = cache.shape[:2] if pages is None else (pages.shape[0], pages.shape[1] * cache.shape[1])
     in_batch = 0 <= span.start <= span.stop <= q.shape[0]
-    in_cache = 0 <= span.slot < cache.shape[0] and span.stop - span.start <= span.context <= cache.shape[1]
+    in_cache = 0 <= span.slot < slots and span.stop - span.start <= span.context <= keys
     if not (in_batch and in_cache):
         raise ValueError(f"cached_attention: {span} is outside q {tuple(q.shape)} or the cache {tuple(cache.shape)}")

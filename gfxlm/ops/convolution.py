@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import widen
+from gfxlm.ops._common import on_gpu, widen
 
 # From this many steps on, the CPU's convolution is worth its set-up.
 _FUSED_STEPS = 16
@@ -25,6 +25,10 @@ def causal_conv1d(
     fit.
     """
     _check(x, weight, bias, state, activation)
+    if on_gpu(x) and x.dtype != torch.float64:
+        from gfxlm.kernels.delta.convolution import convolution
+
+        return convolution(x, weight, bias, state, activation == "silu")
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     inputs = torch.cat((state, x), 1)  # (B, K - 1 + T, C)

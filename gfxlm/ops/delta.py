@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import widen
+from gfxlm.ops._common import on_gpu, widen
 
 _CHUNK = 64
 
@@ -41,12 +41,13 @@ def gated_delta_update(
 ) -> tuple[Tensor, Tensor]:
     """Run the gated delta rule over T steps.
 
-    q and k are (B, T, Hk, Dk), v (B, T, Hv, Dv) with Hv a multiple of Hk, gamma the decay in linear space,
-    (B, T, Hv) or per key feature (B, T, Hv, Dk), beta (B, T, Hv), initial_state (B, Hv, Dv, Dk), zeros if
-    None. A step where mask (B, T) is zero leaves the state alone and gives zeros.
+    q and k are (B, T, Hk, Dk), v (B, T, Hv, Dv) with Hv a multiple of Hk, gamma the decay in linear space, at
+    least 0, (B, T, Hv) or per key feature (B, T, Hv, Dk), beta (B, T, Hv), initial_state (B, Hv, Dv, Dk), zeros
+    if None. A step where mask (B, T) is zero leaves the state alone and gives zeros.
 
     Returns y (B, T, Hv, Dv) in the type that q, k and v promote to, and the state after the last step,
-    float32. ValueError if a shape does not fit or q, k and v are not floating.
+    float32. On a GPU, bfloat16 and float16 go through the matrix units: what meets the state is rounded to that
+    type once. ValueError if a shape does not fit or q, k and v are not floating.
     """
     _check(q, k, v, gamma, beta, initial_state, mask)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -55,8 +56,10 @@ def gated_delta_update(
     if initial_state is None:
         initial_state = q.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1], dtype=torch.float32)
     state = widen(initial_state)
-    if q.shape[1] == 0:
+    if v.numel() == 0:
         return v.to(dtype), state
+    if on_gpu(q) and torch.float64 not in (dtype, state.dtype):
+        return _on_gpu(q, k, v, gamma, beta, state, mask, dtype)
     q, k, v, gamma, beta = widen(q), widen(k), widen(v), widen(gamma), widen(beta)
     if mask is not None:
         q, k, v, gamma, beta = _skip(q, k, v, gamma, beta, mask != 0)
@@ -70,6 +73,46 @@ def gated_delta_update(
     sequences = zip(*(torch.split(x, 1) for x in (q, k, v, gamma, beta, state)), strict=True)
     outputs, states = zip(*(run(*sequence) for sequence in sequences), strict=True)
     return torch.cat(outputs).to(dtype), torch.cat(states)
+
+
+def _on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, beta: Tensor, state: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        q, k, v, gamma, beta = _skip(q, k, v, gamma, beta, mask != 0)
+    batch, length = q.shape[:2]
+    bounds = tuple((row, row + length) for row in range(0, batch * length, length))
+    q, k, v, gamma, beta = (x.flatten(0, 1).contiguous() for x in (q, k, v, gamma, beta))
+    state = state.clone(memory_format=torch.contiguous_format)
+    y = rule_over_rows(q, k, v, gamma, beta, state, bounds, dtype)
+    return y.unflatten(0, (batch, length)), state
+
+
+def rule_over_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    bounds: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    slots: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The rule on a GPU over sequences laid end to end: y (N, Hv, Dv), `state` updated in place.
+
+    q and k are (N, Hk, Dk), v (N, Hv, Dv); `bounds` are each sequence's first row and the one behind its last.
+    Sequence i has slot i of `state`, or the one that `slots` (N,) names; with `positions` (N,), one that starts at 0
+    starts from zeros.
+    """
+    from gfxlm.kernels.delta.chunks import delta_chunked
+    from gfxlm.kernels.delta.recurrent import delta_recurrent
+
+    alike = q.dtype == k.dtype == v.dtype == dtype
+    if alike and dtype.itemsize == 2 and gamma.ndim == 2 and q.shape[2] <= 128 and len(bounds) < len(q):
+        return delta_chunked(q, k, v, gamma.float(), beta.float(), state, bounds, slots, positions)
+    return delta_recurrent(q, k, v, gamma, beta, state, bounds, dtype, slots, positions)
 
 
 def gated_delta_recurrent(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import as_signed, normalize_axis, sign_bit
+from gfxlm.ops._common import as_signed, normalize_axis, on_gpu, sign_bit
 
 _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
@@ -36,22 +36,49 @@ def slice_update(
         raise ValueError(f"slice_update: reduce must be None or one of {', '.join(_REDUCE)}, got {reduce!r}")
     named = _axes(axes, x.ndim)
     shape = _window_shape(x, update, named)
-    update = as_signed(update.to(x.device, x.dtype).expand(shape))
+    update = update.to(x.device, x.dtype).expand(shape)
     out = x.clone()
-    target = as_signed(out)
     if isinstance(starts, Tensor) and starts.device.type != "cpu":
-        index = _index_on_device(x, shape, _starts(starts, named), named)
-        target[index] = _combine(target[index], update, reduce, sign_bit(x.dtype))
+        _write_at(out, update, _starts(starts, named), named, reduce)
         return out
+    window = out
     for axis, start in zip(named, _starts(starts, named).tolist(), strict=True):
         if not 0 <= start <= x.shape[axis] - shape[axis]:
             raise ValueError(
                 f"slice_update: {shape[axis]} entries from {start} do not fit axis {axis} of {tuple(x.shape)}"
             )
-        target = target.narrow(axis, start, shape[axis])
-    target = target[tuple(slice(size) for size in shape)]
-    target.copy_(_combine(target, update, reduce, sign_bit(x.dtype)))
+        window = window.narrow(axis, start, shape[axis])
+    window = window[tuple(slice(size) for size in shape)]
+    if _by_kernel(window, update, 0):
+        from gfxlm.kernels.basic import slice_update as kernel
+
+        kernel.slice_update(window, update, reduce)
+    else:
+        window = as_signed(window)
+        window.copy_(_combine(window, as_signed(update), reduce, sign_bit(x.dtype)))
     return out
+
+
+def _write_at(out: Tensor, update: Tensor, starts: Tensor, named: list[int], reduce: str | None) -> None:
+    """Write to a window whose starts lie on the accelerator: the nearest one that lies in `out`."""
+    window = out[tuple(slice(size) for size in update.shape)]
+    if _by_kernel(window, update, len(named)):
+        from gfxlm.kernels.basic import slice_update as kernel
+
+        limits = tuple(out.shape[axis] - update.shape[axis] for axis in named)
+        kernel.slice_update(window, update, reduce, starts, limits, tuple(out.stride(axis) for axis in named))
+    else:
+        index = _index_on_device(out, list(update.shape), starts, named)
+        target = as_signed(out)
+        target[index] = _combine(target[index], as_signed(update), reduce, sign_bit(out.dtype))
+
+
+def _by_kernel(window: Tensor, update: Tensor, n_starts: int) -> bool:
+    if not on_gpu(window) or window.dtype.itemsize > 8 or window.is_complex() or window.dtype == torch.float64:
+        return False
+    from gfxlm.kernels.basic import slice_update as kernel
+
+    return kernel.fits(window, update, n_starts)
 
 
 def _combine(old: Tensor, new: Tensor, reduce: str | None, flip: int) -> Tensor:

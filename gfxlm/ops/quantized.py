@@ -6,8 +6,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gfxlm.kernels.packed import Packed
+from gfxlm.ops._common import on_gpu
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
 from gfxlm.ops.matrix import Matrix, MatrixStack
+from gfxlm.ops.packed import KERNEL_TYPES, packed_gather, packed_matmul
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -171,14 +174,8 @@ def quantized_matmul(
             f"x: last dimension {x.shape[-1]} does not match the {inner} of w "
             f"(x {tuple(x.shape)}, w {tuple(w.shape)}, bits {q.bits}, transpose {transpose})"
         )
-    if biases is not None and x.is_cuda and transpose and w.ndim == 2 and x.dtype == dtype:
-        # Triton exists on GPUs alone.
-        from gfxlm.kernels.matvec import BITS, MAX_ROWS, matvec
-
-        if q.bits in BITS and x.shape[:-1].numel() <= MAX_ROWS:
-            with torch.cuda.device(x.device):
-                y = matvec(x.reshape(-1, inner), w, scales, biases, q.group_size, q.bits)
-            return y.view(*x.shape[:-1], w.shape[0])
+    if transpose and w.ndim == 2 and x.dtype == dtype and on_gpu(x) and dtype in KERNEL_TYPES:
+        return packed_matmul(x, Packed.of(w, scales, biases, q.group_size, q.bits, q.mode))
     matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
     return x.to(dtype) @ (matrix.mT if transpose else matrix)
 
@@ -221,11 +218,15 @@ def gather_qmm(
     """`gather_mm` with a quantised right side, of which only the matrices that are asked for are dequantised.
 
     x (..., M, K); w packed (..., N, K * bits / 32), or (..., K, N * bits / 32) with `transpose=False`; result
-    (*indices, M, N). Raises IndexError for an index out of range. A stacked `PackedWeight` in the place of `w` knows
-    its own scales and format, and is multiplied transposed.
+    (*indices, M, N). Raises IndexError for an index out of range; on a GPU, where kernels read the indices, its rows
+    are zero. A stacked `PackedWeight` in the place of `w` knows its own scales and format, and is transposed.
     """
     if not isinstance(w, Tensor):
         experts, rows, _ = w.shape
+        if on_gpu(x) and x.dtype in KERNEL_TYPES and (packed := getattr(w, "packed", None)) is not None:
+            return packed_gather(
+                x.reshape(-1, *x.shape[-2:]), packed, *_index_pair(x, (experts,), lhs_indices, rhs_indices)
+            )
         return _gather(x, (experts,), rows, lhs_indices, rhs_indices, lambda a, e: w.matrix(e).matmul(a))
     q = Quantization.resolve(group_size, bits, mode)
     scales = _check_triple(w, scales, biases, q)
@@ -239,6 +240,10 @@ def gather_qmm(
     flat_scales = scales.reshape(-1, *scales.shape[-2:])
     flat_biases = None if biases is None else biases.reshape(-1, *biases.shape[-2:])
     flat_global = None if global_scale is None else global_scale.expand(w.shape[:-2]).reshape(-1)
+    if transpose and global_scale is None and on_gpu(x) and dtype in KERNEL_TYPES:
+        packed = Packed.of(flat_w, flat_scales, flat_biases, q.group_size, q.bits, q.mode)
+        indices = _index_pair(x, w.shape[:-2], lhs_indices, rhs_indices)
+        return packed_gather(x.to(dtype).reshape(-1, *x.shape[-2:]), packed, *indices)
 
     def multiply(rows: Tensor, e: int) -> Tensor:
         matrix = dequantize(
@@ -277,6 +282,17 @@ def _gather(
         rows = (wanted == e).nonzero().squeeze(-1)
         out[rows] = multiply(flat_a[chosen[rows]], e)
     return out.reshape(*rhs.shape, a.shape[-2], columns)
+
+
+def _index_pair(x: Tensor, stack: Sequence[int], lhs: Tensor | None, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Flat indices of both sides in one shape, without a look at their values."""
+    pair = []
+    for indices, batch in ((lhs, x.shape[:-2]), (rhs, stack)):
+        if indices is None:
+            indices = torch.arange(prod(batch), device=x.device).reshape(tuple(batch))
+        pair.append(indices.long())
+    first, second = torch.broadcast_tensors(*pair)
+    return first, second
 
 
 def _flat_indices(side: str, indices: Tensor | None, batch: Sequence[int], device: torch.device) -> Tensor:

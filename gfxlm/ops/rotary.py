@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import widen
+from gfxlm.ops._common import on_gpu, widen
 
 
 def rope_angles(
@@ -13,8 +13,9 @@ def rope_angles(
     base: float | None = None,
     freqs: Tensor | None = None,
     scale: float = 1.0,
+    magnitude: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The cosines and sines that `rotate` takes, float32, each (*positions.shape, dims / 2).
+    """The cosines and sines that `rotate` takes, float32, each (*positions.shape, dims / 2), times `magnitude`.
 
     The angle of pair i at position p is `p * scale * base ** (-2i / dims)`, or `p * scale / freqs[i]`: MLX's
     `freqs` are wavelengths over 2π, not frequencies. ValueError unless exactly one of base and freqs is
@@ -35,9 +36,15 @@ def rope_angles(
     elif freqs is not None:
         if freqs.shape != (dims // 2,):
             raise ValueError(f"rope: freqs must have shape ({dims // 2},) for dims {dims}, got {tuple(freqs.shape)}")
+        if on_gpu(positions) and positions.dtype == torch.int64 and freqs.dtype == torch.float32:
+            from gfxlm.kernels.attention.angles import angles as one_kernel
+
+            pair = one_kernel(positions.reshape(-1), freqs.contiguous(), scale, magnitude)
+            cos, sin = pair.view(2, *positions.shape, dims // 2).unbind()
+            return cos, sin
         inverse = widen(freqs).reciprocal()
     angles = (positions.to(torch.float32) * scale).unsqueeze(-1) * inverse.to(torch.float32)  # (*, dims / 2)
-    return angles.cos(), angles.sin()
+    return magnitude * angles.cos(), magnitude * angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, traditional: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import as_signed, normalize_axis, sign_bit
+from gfxlm.ops._common import as_signed, kernels_take, normalize_axis, sign_bit
 
 
 def sort(a: Tensor, axis: int | None = -1) -> Tensor:
@@ -11,7 +11,7 @@ def sort(a: Tensor, axis: int | None = -1) -> Tensor:
     a, axis = _along("sort", a, axis)
     if a.is_complex():
         return a.gather(axis, _argsort_complex(a, axis))
-    return _from_key(torch.sort(_key(a), dim=axis, stable=True).values, a.dtype)
+    return _from_key(torch.sort(_sort_key(a), dim=axis, stable=True).values, a.dtype)
 
 
 def argsort(a: Tensor, axis: int | None = -1) -> Tensor:
@@ -19,7 +19,7 @@ def argsort(a: Tensor, axis: int | None = -1) -> Tensor:
     a, axis = _along("argsort", a, axis)
     if a.is_complex():
         return _argsort_complex(a, axis)
-    return torch.sort(_key(a), dim=axis, stable=True).indices
+    return torch.sort(_sort_key(a), dim=axis, stable=True).indices
 
 
 def argmax(a: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
@@ -57,11 +57,20 @@ def _arg_reduce(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
     if a.numel() == 0:
         raise ValueError(f"{op}: a must not be empty, got {tuple(a.shape)}")
     line, dim = _along(op, a, axis)
-    # torch.max with a dimension, not torch.argmax: that one is six times slower for half types on the CPU.
-    index = (torch.max if op == "argmax" else torch.min)(_key(line), dim).indices
+    index = _first_best(op, line, dim)
     if not keepdims:
         return index
     return index.view([1] * a.ndim) if axis is None else index.unsqueeze(dim)
+
+
+def _first_best(op: str, a: Tensor, dim: int) -> Tensor:
+    if a.ndim > 0 and kernels_take(a):
+        from gfxlm.kernels.basic.select import select
+
+        lines = a.movedim(dim, -1)
+        return select(lines.reshape(-1, a.shape[dim]), smallest=op == "argmin").view(lines.shape[:-1])
+    # torch.max with a dimension, not torch.argmax: that one is six times slower for half types on the CPU.
+    return (torch.max if op == "argmax" else torch.min)(_key(a), dim).indices
 
 
 def _key(a: Tensor) -> Tensor:
@@ -70,6 +79,11 @@ def _key(a: Tensor) -> Tensor:
         return a.view(torch.uint8)
     flip = sign_bit(a.dtype)
     return as_signed(a) ^ flip if flip else a
+
+
+def _sort_key(a: Tensor) -> Tensor:
+    # On a GPU torch sorts by bits: a NaN whose sign is set would come first.
+    return a.masked_fill(a.isnan(), torch.nan) if a.is_floating_point() and a.device.type != "cpu" else _key(a)
 
 
 def _from_key(key: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """The one resident copy of a matrix, in whatever layout its device likes, behind one small interface."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -7,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfxlm.kernels.packed import Packed
+from gfxlm.ops._common import on_gpu
+from gfxlm.ops.activation import swiglu
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
 from gfxlm.ops.int4_cpu import Int4Weight, int4_applies, int4_codes, int4_matmul, int4_pack, int4_rows
+from gfxlm.ops.packed import KERNEL_TYPES, packed_matmul, packed_rows, packed_swiglu
 from gfxlm.ops.quantized import dequantize, quantized_matmul
 
 MlxTriple = tuple[Tensor, Tensor, Tensor | None]
@@ -27,9 +32,20 @@ class Weight(ABC):
     def nbytes(self) -> int:
         """Bytes in memory."""
 
+    def matmul(self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """`x @ w.T + bias + residual`: (..., K) to (..., N), in x's dtype, with bias (N,). Not for a stack."""
+        y = self._product(x)
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up`, (..., N / 2), where the first N / 2 rows give gate and the rest up. Not for a stack."""
+        gate, up = self.matmul(x).chunk(2, dim=-1)
+        return swiglu(gate, up)
+
     @abstractmethod
-    def matmul(self, x: Tensor) -> Tensor:
-        """`x @ w.T`: (..., K) to (..., N), in x's dtype. Not for a stack."""
+    def _product(self, x: Tensor) -> Tensor:
+        """`x @ w.T`."""
 
     @abstractmethod
     def matrix(self, index: int) -> "Weight":
@@ -54,7 +70,7 @@ class DenseWeight(Weight):
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tensor)
 
     def matrix(self, index: int) -> "DenseWeight":
@@ -98,6 +114,13 @@ class PackedWeight(Weight):
         codes, scales, biases = int4_codes(self._layout)
         return pack_codes(codes, self.quantization.bits), scales, biases
 
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """This weight as kernels take it. Not where it lives in a CPU kernel's layout."""
+        assert not isinstance(self._layout, Int4Weight)
+        q = self.quantization
+        return Packed.of(*self._layout, q.group_size, q.bits, q.mode)
+
     @property
     def shape(self) -> tuple[int, ...]:
         if isinstance(self._layout, Int4Weight):
@@ -111,7 +134,17 @@ class PackedWeight(Weight):
             return self._layout.nbytes
         return sum(t.nbytes for t in self._layout if t is not None)
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if on_gpu(x) and x.dtype in KERNEL_TYPES:
+            return packed_matmul(x, self.packed, bias=bias, residual=residual)
+        return super().matmul(x, bias=bias, residual=residual)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        if on_gpu(x) and x.dtype in KERNEL_TYPES:
+            return packed_swiglu(x, self.packed)
+        return super().swiglu(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # what a kernel makes of no rows is its own affair
             return x.new_empty(*x.shape[:-1], self.shape[-2])
         if isinstance(self._layout, Int4Weight):
@@ -132,6 +165,8 @@ class PackedWeight(Weight):
             return torch.empty(*indices.shape, columns, dtype=self.dtype, device=indices.device)
         if isinstance(self._layout, Int4Weight):
             return int4_rows(self._layout, indices)
+        if on_gpu(indices):
+            return packed_rows(indices, self.packed, self.dtype)
         return self._dequantize(self._select(indices.flatten())).view(*indices.shape, columns)
 
     def dequantize(self) -> Tensor:
@@ -164,7 +199,7 @@ class MergedWeight(Weight):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return torch.cat([part.matmul(x) for part in self.parts], dim=-1)
 
     def matrix(self, index: int) -> "MergedWeight":

@@ -1,8 +1,11 @@
 """Caches: rows land in their slot at their position, and nowhere else."""
 
+import pytest
 import torch
 
-from gfxlm.nn.cache import Cache, KVCache, RecurrentCache
+from gfxlm.errors import UserError
+from gfxlm.nn.cache import Cache, KVCache, QuantizedKVCache, RecurrentCache
+from gfxlm.ops import cached_attention, dequantize, kv, quantize
 from gfxlm.ops.ragged import ragged
 
 
@@ -60,3 +63,52 @@ def test_copy_of_a_slot() -> None:
 
 def vars_of(layer: KVCache | RecurrentCache) -> tuple[torch.Tensor, torch.Tensor]:
     return (layer.keys, layer.values) if isinstance(layer, KVCache) else (layer.conv, layer.state)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "head_dim"), [(8, 64, 128), (4, 64, 64), (4, 32, 96), (8, 32, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_rows_are_those_of_quantize(bits: int, group_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    cpu = torch.device("cpu")
+    cache = QuantizedKVCache.allocate(3, 9, 2, head_dim, dtype, cpu, bits=bits, group_size=group_size)
+    keys, values = (torch.randn(5, 2, head_dim).to(dtype) for _ in range(2))
+    positions, slots = ragged([2, 0], [3, 2], [4, 0])
+    cache.write(keys, values, positions, slots)
+    for stored, rows in ((cache.keys, keys), (cache.values, values)):
+        back = dequantize(*quantize(rows, group_size, bits), group_size, bits)
+        assert torch.equal(kv.read(stored, 2, 4, 7), back[:3])
+        assert torch.equal(kv.read(stored, 0, 0, 2), back[3:])
+        assert (stored.shape, stored.dtype) == ((3, 9, 2, head_dim), dtype)
+    q = torch.randn(5, 4, head_dim).to(dtype)
+    plain = KVCache.allocate(3, 9, 2, head_dim, dtype, cpu)
+    for stored, tensor in ((cache.keys, plain.keys), (cache.values, plain.values)):
+        tensor[2, :7], tensor[0, :2] = kv.read(stored, 2, 0, 7), kv.read(stored, 0, 0, 2)
+    out, expected = (cached_attention(q, c.keys, c.values, positions, slots, scale=0.1) for c in (cache, plain))
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_bytes_of_a_quantized_cache() -> None:
+    cache = QuantizedKVCache.allocate(2, 10, 2, 128, torch.bfloat16, torch.device("cpu"), bits=4)
+    assert Cache([cache], [0, 0], 10).nbytes == 2 * 2 * 10 * 2 * (64 + 2 * 4)
+    assert Cache([cache], [0, 0], 10).trimmable
+
+
+def test_copy_of_a_quantized_slot() -> None:
+    source, target = (
+        Cache([QuantizedKVCache.allocate(2, 10, 1, 64, torch.float32, torch.device("cpu"))], [0, 0], 10)
+        for _ in range(2)
+    )
+    for tensor in source.layers[0].tensors:
+        tensor.random_(0, 100)
+    source.lengths[1] = 4
+    target.copy_slot(0, source, 1)
+    assert target.lengths == [4, 0]
+    for ours, theirs in zip(target.layers[0].tensors, source.layers[0].tensors, strict=True):
+        assert torch.equal(ours[0, :4], theirs[1, :4])
+
+
+@pytest.mark.parametrize(("bits", "group_size", "head_dim"), [(3, 64, 64), (8, 16, 64), (8, 64, 80), (4, 128, 64)])
+def test_what_cannot_be_quantized(bits: int, group_size: int, head_dim: int) -> None:
+    with pytest.raises(UserError, match=f"{head_dim} features|not {bits} and {group_size}"):
+        QuantizedKVCache.allocate(
+            1, 8, 1, head_dim, torch.float32, torch.device("cpu"), bits=bits, group_size=group_size
+        )

@@ -132,3 +132,19 @@ def test_other_wrong_arguments() -> None:
         ops.rms_norm(torch.tensor(1.0), None, 1e-5)
     with pytest.raises(ValueError, match="must be floating"):
         ops.layer_norm(torch.ones(2, 3, dtype=torch.int32), None, torch.ones(3), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_add_and_gate_are_their_parts(dtype: torch.dtype) -> None:
+    x, y, weight = torch.randn(3, 4, 64).to(dtype), torch.randn(3, 4, 64).to(dtype), torch.randn(64).to(dtype)
+    normed, total = ops.add_rms_norm(x, y, weight, 1e-5)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, ops.rms_norm(x + y, weight, 1e-5))
+    gated = ops.gated_rms_norm(x.float(), y, weight, 1e-5)
+    assert gated.dtype == dtype
+    silu = torch.nn.functional.silu(y.float())
+    assert torch.equal(gated, (ops.rms_norm(x.float(), weight, 1e-5) * silu).to(dtype))
+    with pytest.raises(ValueError, match=r"residual must have x's shape \(3, 4, 64\), got \(64,\)"):
+        ops.add_rms_norm(x, weight, weight, 1e-5)
+    with pytest.raises(ValueError, match="gate must be floating"):
+        ops.gated_rms_norm(x, y.int(), weight, 1e-5)

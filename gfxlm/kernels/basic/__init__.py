@@ -1,0 +1,1 @@
+"""Small kernels: norms, activations, selection, sampling, writing a window."""

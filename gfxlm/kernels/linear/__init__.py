@@ -1,0 +1,1 @@
+"""Products with quantised matrices: matrix-vector, skinny and wide, and rows of them."""

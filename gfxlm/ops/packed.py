@@ -1,0 +1,92 @@
+"""What is done on a GPU with a quantised matrix: products, and looking up its rows."""
+
+import torch
+from torch import Tensor
+
+from gfxlm.kernels.packed import Packed
+from gfxlm.ops.activation import swiglu
+
+KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x
+
+
+def packed_matmul(x: Tensor, packed: Packed, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x @ w.T + bias + residual` on a GPU, in fp32 and rounded once where a kernel does it all.
+
+    x (..., K) of a type in KERNEL_TYPES, bias (N,), residual and the result (..., N), all of x's type.
+    """
+    _check_product(x, packed)
+    shape = (*x.shape[:-1], packed.rows)
+    for name, given, wanted in (("bias", bias, shape[-1:]), ("residual", residual, shape)):
+        if given is not None and (given.shape != wanted or given.dtype != x.dtype):
+            raise ValueError(f"{name}: must be {x.dtype} {wanted}, got {given.dtype} {tuple(given.shape)}")
+    flat = x.reshape(-1, packed.columns)
+    flat_residual = None if residual is None else residual.reshape(-1, packed.rows)
+    regime = _regime(flat, packed)
+    if regime == "matvec":
+        from gfxlm.kernels.linear.matvec import matvec as kernel
+    elif regime == "skinny":
+        from gfxlm.kernels.linear.skinny import skinny as kernel
+    else:
+        from gfxlm.kernels.linear.wide import wide as kernel
+    return kernel(flat, packed, bias=bias, residual=flat_residual).view(shape)
+
+
+def packed_swiglu(x: Tensor, packed: Packed) -> Tensor:
+    """`silu(gate) * up` on a GPU, the first N / 2 rows of w giving gate and the rest up: (..., K) to (..., N / 2)."""
+    _check_product(x, packed)
+    if packed.rows % 2:
+        raise ValueError(f"w: needs as many rows of gate as of up, got {packed.rows}")
+    flat = x.reshape(-1, packed.columns)
+    regime = _regime(flat, packed)
+    if regime == "matvec":
+        from gfxlm.kernels.linear.matvec import matvec_swiglu as kernel
+    elif regime == "skinny":
+        from gfxlm.kernels.linear.skinny import skinny_swiglu as kernel
+    else:
+        gate, up = packed_matmul(flat, packed).chunk(2, dim=-1)
+        return swiglu(gate, up).view(*x.shape[:-1], packed.rows // 2)
+    return kernel(flat, packed).view(*x.shape[:-1], packed.rows // 2)
+
+
+def packed_rows(indices: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Rows of w on a GPU, (*indices.shape, K). An index outside of [0, N) gives the nearest row."""
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"indices: must be integers, got {indices.dtype}")
+    from gfxlm.kernels.linear.rows import rows
+
+    return rows(indices.reshape(-1), packed, dtype).view(*indices.shape, packed.columns)
+
+
+def packed_gather(x: Tensor, packed: Packed, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Products of x[lhs] and w[rhs].T on a GPU: x (B, M, K), w a stack (E, N, K), lhs and rhs of one shape.
+
+    Returns (*lhs.shape, M, N). Nobody reads an index back: the products of one that is out of range are zero.
+    """
+    _check_product(x, packed)
+    from gfxlm.kernels.moe.grouped import grouped_matmul
+
+    there = (lhs >= 0) & (lhs < x.shape[0])
+    rows = x[torch.where(there, lhs, 0).flatten()]  # (n, M, K)
+    matrices = torch.where(there, rhs, -1).flatten().repeat_interleave(x.shape[1])
+    y = grouped_matmul(rows.flatten(0, 1), matrices[:, None], packed)
+    return y.view(*lhs.shape, x.shape[1], packed.rows)
+
+
+def _regime(x: Tensor, packed: Packed) -> str:
+    """Which kernel multiplies x (M, K): "matvec" on the vector units, "skinny" or "wide" on the matrix units."""
+    from gfxlm.kernels.linear.skinny import skinny_takes
+    from gfxlm.kernels.tuning import config
+
+    limits = config("linear", x.device, n=packed.rows, skinny=skinny_takes(packed, x.dtype))
+    if x.shape[0] <= limits["matvec_rows"]:
+        return "matvec"
+    return "skinny" if x.shape[0] <= limits["skinny_rows"] else "wide"
+
+
+def _check_product(x: Tensor, packed: Packed) -> None:
+    if x.dtype not in KERNEL_TYPES:
+        raise ValueError(f"x: must be one of {', '.join(map(str, KERNEL_TYPES))}, got {x.dtype}")
+    if x.shape[-1] != packed.columns:
+        raise ValueError(
+            f"x: last dimension {x.shape[-1]} does not match the {packed.columns} columns of w (x {tuple(x.shape)})"
+        )
