@@ -17,6 +17,7 @@ import triton
 from benchmarks.registry import Ceilings, Measured, measure
 from benchmarks.verify import verify
 from gfxlm.device.arch import architecture
+from gfxlm.errors import UserError
 from gfxlm.kernels.case import Case
 from gfxlm.kernels.cases import catalogue
 
@@ -27,6 +28,10 @@ def main() -> int:
     parser.add_argument("--headline", action="store_true", help="the headline cases alone")
     parser.add_argument("--json", type=Path, help="write the results here, if the kernels' tests pass")
     args = parser.parse_args()
+    try:
+        chosen = catalogue(args.op)
+    except UserError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here, and nothing to measure")
     if args.json and not verify(args.op):
@@ -37,7 +42,7 @@ def main() -> int:
     print(f"{name}: reads {ceilings.read_bandwidth / 1e12:.2f} TB/s, bf16 {ceilings.matmul_rate / 1e12:.0f} TFLOP/s")
     print(f"{'case':<58} {'µs':>9} {'TB/s':>7} {'TFLOP/s':>8} {'share':>6}  bar")
     results = []
-    for cases in catalogue(args.op).values():
+    for cases in chosen.values():
         for case in cases:
             if case.headline or not args.headline:
                 results += _measured(case, device, ceilings)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gfxlm.errors import UserError
 from gfxlm.kernels.cases import catalogue
 
 _TESTS = Path(__file__).parent.parent / "tests" / "kernels"
@@ -33,7 +34,10 @@ def verify(ops: list[str] | None = None) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", help="a topic, an operation or the beginning of a case's name")
-    return 0 if verify(parser.parse_args().op) else 1
+    try:
+        return 0 if verify(parser.parse_args().op) else 1
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from gfxlm import __version__
-from gfxlm.cli import bench, chat, convert, generate, info, kernels, perplexity, tune, warmup
+from gfxlm.cli import bench, cache_prompt, chat, convert, generate, info, kernels, perplexity, tune, warmup
 from gfxlm.errors import GenerationError, UserError
 
 
@@ -102,6 +102,7 @@ def gfxlm(
 for command in (
     generate.generate,
     chat.chat,
+    cache_prompt.cache_prompt,
     perplexity.perplexity,
     bench.bench,
     info.info,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gfxlm.cli.options import ModelOptions, SamplingOptions, grouped, json_object
+from gfxlm.cli.options import KVCacheOptions, ModelOptions, PromptCacheOptions, SamplingOptions, grouped, json_object
 from gfxlm.cli.progress import progress_bar
 from gfxlm.cli.text import ended_line, note
 from gfxlm.errors import GenerationError, UserError
@@ -27,6 +27,8 @@ Ctrl-C      stop the answer"""
 def chat(
     model: ModelOptions,
     sampling: SamplingOptions,
+    kv: KVCacheOptions,
+    prompt_cache: PromptCacheOptions,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Stop an answer after this many tokens; -1 sets no limit.")
     ] = 256,
@@ -46,14 +48,23 @@ def chat(
 ) -> None:
     """Talk with a model. Answers go to stdout, everything else to stderr. /help lists the commands."""
     params = sampling.params(max_tokens)
+    kv_params = kv.params()
     config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}
 
     from gfxlm.engine.conversation import Conversation
+    from gfxlm.models.cache import KVOptions
 
+    model, file = prompt_cache.open(model, system_prompt)
     lm, tokenizer = model.load()
     options = sampling.prepare(params, tokenizer) | {"prefill_step_size": prefill_step_size}
     conversation = Conversation(
-        lm, tokenizer, system_prompt=system_prompt, max_context=max_context, template_kwargs=config
+        lm,
+        tokenizer,
+        system_prompt=system_prompt,
+        max_context=max_context,
+        template_kwargs=config,
+        kv=KVOptions(**kv_params),
+        prompt_file=file,
     )
     if not tokenizer.has_chat_template:
         if config:

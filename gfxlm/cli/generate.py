@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gfxlm.cli.options import ModelOptions, SamplingOptions, grouped, json_object, unescaped
+from gfxlm.cli.options import (
+    KVCacheOptions,
+    ModelOptions,
+    PromptCacheOptions,
+    SamplingOptions,
+    grouped,
+    json_object,
+    unescaped,
+)
 from gfxlm.cli.progress import progress_bar
 from gfxlm.cli.text import ended_line, note, read_text
 from gfxlm.errors import UserError
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
 def generate(
     model: ModelOptions,
     sampling: SamplingOptions,
+    kv: KVCacheOptions,
+    prompt_cache: PromptCacheOptions,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer; - reads it from stdin.")],
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Stop after this many tokens; -1 goes on to the context's end.")
@@ -34,11 +44,15 @@ def generate(
 ) -> None:
     """Answer one prompt. The text goes to stdout as it comes, everything else to stderr."""
     params = sampling.params(max_tokens)
+    kv_params = kv.params()
     config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}
     text = read_text("-") if prompt == "-" else unescaped(prompt)
 
     from gfxlm.engine.generate import statistics, stream_generate
 
+    model, file = prompt_cache.open(model, system_prompt)
+    if file is not None:
+        text, system_prompt = file.prompt + text, file.system_prompt
     lm, tokenizer = model.load()
     params = sampling.prepare(params, tokenizer)
     if tokenizer.has_chat_template and not ignore_chat_template:
@@ -49,6 +63,12 @@ def generate(
     else:
         tokens = tokenizer.encode(text)
 
+    cache = None
+    if file is not None:
+        cache, kept = file.resume(lm, tokens, max_tokens)
+        if 2 * kept < len(file.tokens):
+            note(f"(this prompt goes on from {kept} of the {len(file.tokens)} tokens in {file.path})")
+        tokens = tokens[kept:]
     with progress_bar("reading the prompt") as progress, ended_line() as write:
         for response in stream_generate(
             lm,
@@ -56,6 +76,8 @@ def generate(
             tokens,
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
+            prompt_cache=cache,
+            **kv_params,
             **params,
         ):
             write(response.text)

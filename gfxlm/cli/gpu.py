@@ -34,7 +34,8 @@ def chosen(names: Sequence[str] | None) -> "list[Architecture]":
 
     found = [named(name) for name in names or ()] or [arch for arch in [here()] if arch is not None]
     if not found:
-        raise UserError(f"there is no GPU here: name an architecture with --arch, of {', '.join(ARCHITECTURES)}")
+        names = ", ".join(arch.name for arch in ARCHITECTURES.values() if arch.kernels)
+        raise UserError(f"there is no GPU here: name an architecture with --arch, of {names}")
     for arch in found:
         if not arch.kernels:
             raise UserError(f"there are no kernels for {arch.name}: plain torch does the work there")

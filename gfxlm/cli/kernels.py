@@ -42,7 +42,7 @@ def kernels(
     """
     [found] = chosen([arch] if arch else None)
     if found.vendor != "amd":
-        raise UserError(f"{found.name}: machine code is counted for AMD only; name an architecture with --arch")
+        raise UserError(f"{found.name}: machine code is counted for AMD only; name an AMD architecture with --arch")
     cases = _compiled(found, op) if compile_now else _recorded(found, op)
     if as_json:
         judged = {name: entry | _judged(found, entry) for name, entry in cases.items()}
@@ -82,7 +82,7 @@ def _compiled(arch: "Architecture", ops: list[str] | None) -> dict[str, Any]:
 
 def _lines(arch: "Architecture", cases: dict[str, Any]) -> list[str]:
     width = max(len(row["kernel"]) for entry in cases.values() for row in entry["launches"]) + 2
-    head = f"{'':<{width}}" + "".join(f"{title:>{len(title) + 2}}" for title in list(_COLUMNS.values())[1:])
+    head = f"{'':<{width}}" + "".join(f"{title:>{_width(title)}}" for title in list(_COLUMNS.values())[1:])
     lines = [f"{arch.name}, wave {arch.wave}; shares are of a {arch.example}, {arch.bandwidth:.0f} GB/s", head]
     for name, entry in cases.items():
         judged = _judged(arch, entry)
@@ -106,5 +106,9 @@ def _arithmetic(judged: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], width: int) -> str:
-    cells = "".join(f"{row[key]:>{len(title) + 2}}" for key, title in list(_COLUMNS.items())[1:])
+    cells = "".join(f"{row[key]:>{_width(title)}}" for key, title in list(_COLUMNS.items())[1:])
     return f"  {row['kernel']:<{width - 2}}{cells}"
+
+
+def _width(title: str) -> int:
+    return max(len(title), 6) + 2  # LDS has up to six digits

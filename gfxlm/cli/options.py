@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -13,6 +13,7 @@ from gfxlm.cli.progress import progress_bar
 from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
+    from gfxlm.engine.prompt_cache import PromptFile
     from gfxlm.engine.tokenizer import Tokenizer
     from gfxlm.models.base import CausalLM
 
@@ -175,6 +176,60 @@ class SamplingOptions:
         if not self.xtc_probability:
             return params
         return params | {"xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]}
+
+
+_CACHE = {"rich_help_panel": "Cache of keys and values"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheOptions:
+    """Whether keys and values are quantised."""
+
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantise keys and values to 8 or 4 bits. Default: not at all.", **_CACHE)
+    ] = None
+    kv_group_size: Annotated[int, typer.Option(help="How many of them share a scale: 32, 64 or 128.", **_CACHE)] = 64
+    quantized_kv_start: Annotated[
+        int,
+        typer.Option(
+            help="--kv-bits is for a context that may grow beyond so many tokens, which is then quantised from its "
+            "first token on; a smaller one is not quantised at all.",
+            **_CACHE,
+        ),
+    ] = 5000
+
+    def params(self) -> dict[str, Any]:
+        """As `KVOptions` and `stream_generate` name them. Raises UserError for a bad value, before any loading."""
+        from gfxlm.models.cache import KVOptions
+
+        given = {field.name: getattr(self, field.name) for field in fields(KVCacheOptions)}
+        KVOptions(**given)
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCacheOptions:
+    """Where a prompt comes from that the model has read already."""
+
+    prompt_cache_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on from the prompt that `gfxlm cache-prompt` put into this file, with the model that read it.",
+            metavar="FILE",
+            **_CACHE,
+        ),
+    ] = None
+
+    def open(self, model: ModelOptions, system_prompt: str | None) -> "tuple[ModelOptions, PromptFile | None]":
+        """The file, and the model it was made with where no other is named. UserError for a second system prompt."""
+        if self.prompt_cache_file is None:
+            return model, None
+        from gfxlm.engine.prompt_cache import PromptFile
+
+        file = PromptFile.open(self.prompt_cache_file)
+        if system_prompt is not None:
+            raise UserError("--system-prompt: comes before what is in --prompt-cache-file; give it to cache-prompt")
+        return replace(model, model=model.model or file.model), file
 
 
 def unescaped(text: str) -> str:

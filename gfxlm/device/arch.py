@@ -37,7 +37,6 @@ class Architecture:
     units: int = 0
     clock: float = 0.0
     bandwidth: float = 0.0
-    integrated: bool = False
 
     @property
     def vendor(self) -> str:
@@ -83,10 +82,10 @@ ARCHITECTURES = {
         _rdna3_large("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
         _rdna3_large("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
         _rdna3("gfx1102", example="RX 7600", units=32, clock=2.66, bandwidth=288),
-        _rdna3("gfx1103", example="Radeon 780M", units=12, clock=2.7, bandwidth=120, integrated=True),
-        _rdna3("gfx1150", example="Radeon 890M", units=16, clock=2.9, bandwidth=120, integrated=True),
-        _rdna3_large("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256, integrated=True),
-        _rdna3("gfx1152", example="Radeon 860M", units=8, clock=3.0, bandwidth=120, integrated=True),
+        _rdna3("gfx1103", example="Radeon 780M", units=12, clock=2.7, bandwidth=120),
+        _rdna3("gfx1150", example="Radeon 890M", units=16, clock=2.9, bandwidth=120),
+        _rdna3_large("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256),
+        _rdna3("gfx1152", example="Radeon 860M", units=8, clock=3.0, bandwidth=120),
         _rdna4("gfx1200", example="RX 9060 XT", units=32, clock=3.13, bandwidth=320),
         _rdna4("gfx1201", example="R9700", units=64, clock=2.92, bandwidth=640),
         Architecture("gfx1030", "gfx10", kernels=False, example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),

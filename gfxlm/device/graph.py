@@ -1,4 +1,4 @@
-"""Work that is recorded once and replayed as one: capture, replay, reset."""
+"""Work that is recorded once and replayed as one."""
 
 import os
 import warnings
@@ -23,11 +23,6 @@ class Graph:
         self._device = device
         self._pool = pool
         self._recorded: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def captured(self) -> bool:
-        """Whether `replay` replays, or only calls the function."""
-        return self._recorded is not None
 
     def capture(self) -> None:
         """Call the function once, and record it."""
@@ -58,12 +53,6 @@ class Graph:
             self._function()
         else:
             self._recorded.replay()
-
-    def reset(self) -> None:
-        """Forget the recording and give its memory back."""
-        if self._recorded is not None:
-            self._recorded.reset()
-            self._recorded = None
 
 
 def shared_pool(device: torch.device) -> Any:

@@ -1,13 +1,14 @@
 """A chat of many turns over one cache."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 from gfxlm.engine.generate import GenerationResponse, stream_generate
+from gfxlm.engine.prompt_cache import PromptFile, reuse
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
-from gfxlm.models.cache import make_prompt_cache
+from gfxlm.models.cache import KVOptions, default_context, make_prompt_cache
 
 
 class Conversation:
@@ -16,7 +17,9 @@ class Conversation:
     Every turn writes the whole conversation anew, through the chat template, and feeds the model what the cache does
     not hold yet. Without a template the messages are one running text, each question on a new line.
     `max_context` is how many positions the cache has, as `make_prompt_cache` takes it; `template_kwargs` go to the
-    template. Raises UserError for more positions than the model was made for.
+    template. `kv` says whether keys and values are quantised. With a `prompt_file`, the first question goes on in the
+    message that the file begins, after the system prompt that it was made with.
+    Raises UserError for more positions than the model was made for, and for another model's file.
     """
 
     def __init__(
@@ -27,6 +30,8 @@ class Conversation:
         system_prompt: str | None = None,
         max_context: int | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        kv: KVOptions | None = None,
+        prompt_file: PromptFile | None = None,
     ) -> None:
         limit = model.config.max_position_embeddings
         if max_context is not None and not 1 <= max_context <= limit:
@@ -35,12 +40,23 @@ class Conversation:
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._template_kwargs = template_kwargs or {}
-        self._cache = make_prompt_cache(model, max_context)
+        self._opening = ""  # what the first question goes on from
         self._cached: list[int] = []  # the tokens that the cache holds
+        kv = kv or KVOptions()
+        context = max_context or default_context(model)
+        if prompt_file is None:
+            self._cache = make_prompt_cache(kv.model_for(model, context), context)
+        else:
+            if system_prompt is not None:
+                raise UserError(f"system_prompt: comes before the prompt in {prompt_file.path}, which has its own")
+            self._system_prompt, self._opening = prompt_file.system_prompt, prompt_file.prompt
+            self._cached = list(prompt_file.tokens)
+            self._cache = prompt_file.load(model, context)
+            kv.prepare(self._cache, model, self._cache.max_context)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system prompt."""
+        """Forget everything but the system prompt and what a file began with."""
         prompt = self._system_prompt
         self.messages = [] if prompt is None else [{"role": "system", "content": prompt}]
 
@@ -60,12 +76,13 @@ class Conversation:
         Raises UserError for a conversation that does not fit into the context. A question that got no answer at all
         is taken back.
         """
-        self.messages.append({"role": "user", "content": question})
+        first = not any(message["role"] == "user" for message in self.messages)
+        self.messages.append({"role": "user", "content": self._opening + question if first else question})
         answer: list[str] = []
         tokens: list[int] = []
         try:
             tokens = self._tokens()
-            kept = self._reuse(tokens)
+            kept = reuse(self._cache, self._cached, tokens)
             for response in stream_generate(
                 self._model, self._tokenizer, tokens[kept:], prompt_cache=self._cache, **options
             ):
@@ -94,17 +111,3 @@ class Conversation:
             new_line = message["role"] != "assistant" and text and not text.endswith("\n")
             text += ("\n" if new_line else "") + message["content"]
         return self._tokenizer.encode(text)
-
-    def _reuse(self, tokens: Sequence[int]) -> int:
-        """Wind the cache back to what it shares with `tokens`; returns how many of them it still holds."""
-        # The last token is fed in any case: its logits are wanted.
-        shared = _shared_length(self._cached, tokens[:-1])
-        if shared < len(self._cached) and not self._cache.trimmable:
-            shared = 0
-        self._cache.lengths[0] = shared
-        return shared
-
-
-def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gfxlm.device.arch import architecture
 from gfxlm.device.graph import Graph, shared_pool
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
@@ -53,7 +54,7 @@ class _Bucket:
     positions: Tensor  # (rows,)
     logits: Tensor  # (rows, V)
     forward: Graph = field(init=False)
-    logprobs: Tensor | None = None
+    logprobs: dict[Hashable, Tensor | None] = field(default_factory=dict)  # by what they were recorded for
     filled: tuple[int, ...] = ()
     sampling: dict[Hashable, Graph] = field(default_factory=dict)
 
@@ -68,7 +69,8 @@ class DecodeStep:
         self._last = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
         self._length = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
         self._buckets: dict[int, _Bucket] = {}
-        self._pool = shared_pool(device)
+        # Only kernels leave rows of padding alone, which every recording has.
+        self._pool = shared_pool(device) if architecture(device).kernels else None
 
     def put(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """Say what rows begin with: their last token, which the cache does not hold yet, and the positions it holds."""
@@ -82,10 +84,10 @@ class DecodeStep:
         bucket.forward.replay()
         key = self._sampler.graph_key
         if key is None:
-            self._sample(bucket, len(slots))  # nobody from outside is shown padding
+            self._sample(bucket, key, len(slots))  # nobody from outside is shown padding
         else:
             self._sampling(bucket, key).replay()
-        return self._send(bucket)
+        return self._send(bucket, key)
 
     def _bucket(self, rows: int) -> _Bucket:
         if self._pool is None:  # where nothing is recorded, padding would only cost
@@ -141,26 +143,28 @@ class DecodeStep:
 
     def _sampling(self, bucket: _Bucket, key: Hashable) -> Graph:
         if key not in bucket.sampling:
-            graph = Graph(lambda: self._sample(bucket, bucket.rows), self._model.device, pool=self._pool)
-            filled = bucket.filled
-            self._fill(bucket, ())  # to be called once now must leave no trace
-            graph.capture()
-            self._fill(bucket, filled)
+            graph = Graph(lambda: self._sample(bucket, key, bucket.rows), self._model.device, pool=self._pool)
+            if self._pool is not None:
+                filled = bucket.filled
+                self._fill(bucket, ())  # to be called once now must leave no trace
+                graph.capture()
+                self._fill(bucket, filled)
             bucket.sampling[key] = graph
         return bucket.sampling[key]
 
-    def _sample(self, bucket: _Bucket, rows: int) -> None:
+    def _sample(self, bucket: _Bucket, key: Hashable, rows: int) -> None:
         """Choose tokens, and leave them where the next step finds them."""
         places, positions = bucket.places[:rows], bucket.positions[:rows]
-        tokens, bucket.logprobs = self._sampler.sample(bucket.logits[:rows], places, positions)
+        tokens, bucket.logprobs[key] = self._sampler.sample(bucket.logits[:rows], places, positions)
         bucket.tokens[:rows].copy_(tokens)
         # A row whose logits were not finite is over; its successor must only be a token that exists.
         self.put(places, tokens.clamp(min=0), positions + 1)
 
     @staticmethod
-    def _send(bucket: _Bucket) -> Sampled:
+    def _send(bucket: _Bucket, key: Hashable) -> Sampled:
         rows = len(bucket.filled)
-        logprobs = None if bucket.logprobs is None else bucket.logprobs[:rows].clone()
+        logprobs = bucket.logprobs[key]
+        logprobs = None if logprobs is None else logprobs[:rows].clone()
         if not bucket.tokens.is_cuda:
             return Sampled(bucket.tokens.clone(), logprobs, None)
         tokens = torch.empty(rows, dtype=torch.int64, pin_memory=True)

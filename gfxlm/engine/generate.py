@@ -16,15 +16,13 @@ from gfxlm.engine.text import TextStream
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
+from gfxlm.models.cache import KVOptions
 from gfxlm.nn.cache import Cache
 
 # What mlx-lm's functions take besides.
 _MISSING = (
     "num_draft_tokens",
     "max_kv_size",
-    "kv_bits",
-    "kv_group_size",
-    "quantized_kv_start",
     "input_embeddings",
     "stream",
 )
@@ -121,6 +119,9 @@ def stream_generate(
     prompt_cache: Cache | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate from a prompt (text, or token ids), one response a token, as mlx-lm does.
@@ -128,7 +129,9 @@ def stream_generate(
     `max_tokens` -1 means until the context is full. `sampler` and `logits_processors` are mlx-lm's functions, over
     torch tensors; without them `sampling` holds fields of `SamplingParams` (temperature, top_p, stop, seed, …), whose
     defaults come from the model's generation_config.json. A `prompt_cache` is continued and kept up to date.
-    A `draft_model`, and what mlx-lm has for caches that forget or are quantised, is refused.
+    `kv_bits` 8 or 4 quantises keys and values in groups of `kv_group_size` (32, 64, 128), if prompt and `max_tokens`
+    may fill more than `quantized_kv_start` positions: then all of them, from the first one; a `prompt_cache` too.
+    A `draft_model`, and what mlx-lm has for caches that forget, is refused.
     Raises UserError for bad arguments, GenerationError when the model's numbers are not finite.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
@@ -138,11 +141,16 @@ def stream_generate(
     params = SamplingParams.from_generation_config(
         model.generation_config, **sampling, max_tokens=max_tokens, logprobs=True
     )
+    kv = KVOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start)
     tokens = _encode(tokenizer, prompt)
+    cached = 0 if prompt_cache is None else prompt_cache.lengths[0]
+    context = context_for(model, [cached + len(tokens)], [max_tokens])
+    if prompt_cache is not None:
+        kv.prepare(prompt_cache, model, min(context, prompt_cache.max_context))
     engine = Engine(
-        model,
+        kv.model_for(model, context),
         eos_token_ids=tokenizer.eos_token_ids,
-        max_context=_context_for(model, [len(tokens)], [max_tokens]),
+        max_context=context,
         prefill_step_size=prefill_step_size,
         cache=prompt_cache,
         sampler=_callbacks(sampler, logits_processors),
@@ -159,7 +167,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         raise TypeError(f"unexpected keyword argument {name!r}; known are {', '.join(sorted(known))}")
 
 
-def _context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int]) -> int:
+def context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int]) -> int:
     """Just as many positions as the longest request can need, at most what the model was made for."""
     limit = model.config.max_position_embeddings
     return min(limit, max(limit if most < 0 else prompt + most for prompt, most in zip(prompts, limits, strict=True)))
@@ -284,12 +292,16 @@ def batch_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_batch: int = 32,
     prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
     **sampling: Any,
 ) -> BatchResponse:
     """Answer many prompts (token ids) together, up to `max_batch` at a time.
 
     `prompt_caches`, one for each prompt and of one slot, hold what comes before it and are left as they are. `sampler`,
-    `logits_processors` and all other keywords are those of `stream_generate`, for every prompt.
+    `logits_processors` and all other keywords are those of `stream_generate`, for every prompt; keys and values are
+    quantised for all of them if the longest may fill more than `quantized_kv_start` positions.
     Raises GenerationError if any request fails.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
@@ -300,11 +312,15 @@ def batch_generate(
             f"{len(prompts)} prompts, {len(limits)} max_tokens and {len(before)} prompt_caches do not match"
         )
     lengths = [len(prompt) + cached for prompt, cached in zip(prompts, before, strict=True)]
+    for cache in prompt_caches or ():
+        model.check_cache(cache)
+    kv = KVOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start)
+    context = context_for(model, lengths, limits)
     engine = Engine(
-        model,
+        kv.model_for(model, context),
         eos_token_ids=tokenizer.eos_token_ids,
         max_batch=min(max_batch, len(prompts)),
-        max_context=_context_for(model, lengths, limits),
+        max_context=context,
         prefill_step_size=prefill_step_size,
         sampler=_callbacks(sampler, logits_processors),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.random import gumbel, uniform
 from gfxlm.errors import UserError
+from gfxlm.kernels.layout import adjacent
 from gfxlm.ops._common import on_gpu
 
 MAX_BIASED_TOKENS = 1024
@@ -270,8 +271,7 @@ class Sampler:
         from gfxlm.kernels.basic.sampling import draw
         from gfxlm.kernels.basic.select import select
 
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
+        logits = adjacent(logits)
         if not self.features.sampling:
             return select(logits, finite=True)
         return (draw_filtered if self.features.width else draw)(logits, self._fp32, self._int64, slots, positions)

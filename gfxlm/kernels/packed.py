@@ -1,6 +1,6 @@
 """A quantised matrix, or a stack of them, as kernels see it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +29,11 @@ class Packed:
         """From MLX's own uint32 weight."""
         return cls(w.view(torch.int32), scales, biases, group_size, bits, mode)
 
+    def at(self, index: slice | Tensor) -> "Packed":
+        """Some rows of a matrix, or matrices of a stack."""
+        biases = None if self.biases is None else self.biases[index]
+        return replace(self, words=self.words[index], scales=self.scales[index], biases=biases)
+
     @cached_property
     def rows(self) -> int:
         """N."""
@@ -38,6 +43,12 @@ class Packed:
     def columns(self) -> int:
         """K."""
         return self.words.shape[-1] * 32 // self.bits
+
+    @cached_property
+    def whole_units(self) -> bool:
+        """Whether rows are whole units of 32 codes, and units lie where the widest loads may read them."""
+        widest = min(4, self.bits & -self.bits)  # words
+        return self.columns % 32 == 0 and self.words.storage_offset() % widest == 0
 
     @cached_property
     def pairs(self) -> Tensor | None:

@@ -26,6 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"
 Fact = int | str | bool
 Range = list[int | None]
 Rule = dict[str, Any]
+Measured = dict[frozenset[tuple[str, Fact]], dict[str, Any]]
 Asked = tuple[str, tuple[tuple[str, Fact], ...]]
 
 _overrides: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("overrides", default=None)
@@ -97,8 +98,11 @@ def forget() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(op: str, arch: Architecture, facts: tuple[tuple[str, Fact], ...]) -> dict[str, Any]:
-    known = dict(facts)
-    for rule in _table(op, arch):
+    measured, shipped = _table(op, arch)
+    known, key = dict(facts), frozenset(facts)
+    if key in measured:
+        return measured[key]
+    for rule in shipped:
         if all(_holds(wanted, known[name]) for name, wanted in rule.get("when", {}).items()):
             values: dict[str, Any] = rule["use"]
             return values
@@ -106,21 +110,30 @@ def _lookup(op: str, arch: Architecture, facts: tuple[tuple[str, Fact], ...]) ->
 
 
 @functools.lru_cache
-def _table(op: str, arch: Architecture) -> list[Rule]:
+def _table(op: str, arch: Architecture) -> tuple[Measured, list[Rule]]:
+    """What was measured here, by the facts, and the shipped rules."""
     shipped = shipped_table(op, arch)
     folder = user_configs()
     path = folder and folder / arch.name / f"{op}.json"
     if path is None or not path.is_file():
-        return shipped
+        return {}, shipped
     try:
         measured = json.loads(path.read_text())
         if measured["against"] == fingerprint(shipped):
-            return [*measured["rules"], *shipped]
+            return _by_facts(measured["rules"], shipped), shipped
         reason = "was measured with another version of gfxlm"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
     warnings.warn(f"{path} {reason} and is not used; gfxlm tune writes it anew", stacklevel=2)
-    return shipped
+    return {}, shipped
+
+
+def _by_facts(rules: list[Rule], shipped: list[Rule]) -> Measured:
+    known = [rule["use"].keys() for rule in shipped]
+    for rule in rules:
+        if rule["use"].keys() not in known:
+            raise ValueError(f"no shipped rule uses {', '.join(rule['use'])}")
+    return {frozenset(rule["when"].items()): rule["use"] for rule in rules}
 
 
 def _holds(wanted: Fact | Range, value: Fact) -> bool:

@@ -8,13 +8,12 @@ unknown value is not taken. A loop that does so is gone through once, and the wa
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+
+from gfxlm.kernels.scalar import ARITHMETIC, COMPARISONS, register_place, signed
 
 _MASK = 0xFFFFFFFF
 _STEPS = 2_000_000  # of a walk, before it is given up
 _KERNARG = 1 << 44  # where kernel arguments are made out to lie
-_NAMED = {"vcc_lo": 1000, "vcc_hi": 1001, "exec_lo": 1002, "exec_hi": 1003, "m0": 1004, "flat_scratch_lo": 1006}
-_PAIRS = {"vcc": 1000, "exec": 1002}
 _EXEC = (1002, 1003)
 _MATRIX = re.compile(r"v_(wmma|mfma|swmmac|smfmac)")
 
@@ -37,51 +36,6 @@ def walk(assembly: str, arguments: list[int | None]) -> Walked:
     return _Wave(assembly, arguments).run()
 
 
-def _signed(value: int, bits: int = 32) -> int:
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
-
-
-# name without its type: function of unsigned operands and the width in bits
-_ARITHMETIC: dict[str, Any] = {
-    "s_mov": lambda w, a: a,
-    "s_movk": lambda w, a: _signed(a, 16),
-    "s_add": lambda w, a, b: a + b,
-    "s_addk": lambda w, a, b: a + _signed(b, 16),
-    "s_add_nc": lambda w, a, b: a + b,
-    "s_sub": lambda w, a, b: a - b,
-    "s_sub_nc": lambda w, a, b: a - b,
-    "s_mul": lambda w, a, b: a * b,
-    "s_mulk": lambda w, a, b: a * _signed(b, 16),
-    "s_lshl": lambda w, a, b: a << (b % w),
-    "s_lshr": lambda w, a, b: a >> (b % w),
-    "s_ashr": lambda w, a, b: _signed(a, w) >> (b % w),
-    "s_and": lambda w, a, b: a & b,
-    "s_or": lambda w, a, b: a | b,
-    "s_xor": lambda w, a, b: a ^ b,
-    "s_andn2": lambda w, a, b: a & ~b,
-    "s_and_not1": lambda w, a, b: a & ~b,
-    "s_orn2": lambda w, a, b: a | ~b,
-    "s_or_not1": lambda w, a, b: a | ~b,
-    "s_nand": lambda w, a, b: ~(a & b),
-    "s_nor": lambda w, a, b: ~(a | b),
-    "s_not": lambda w, a: ~a,
-    "s_abs": lambda w, a: abs(_signed(a, w)),
-    "s_lshl1_add": lambda w, a, b: (a << 1) + b,
-    "s_lshl2_add": lambda w, a, b: (a << 2) + b,
-    "s_lshl3_add": lambda w, a, b: (a << 3) + b,
-    "s_lshl4_add": lambda w, a, b: (a << 4) + b,
-    "s_bfe": lambda w, a, b: (a >> (b & 31)) & ((1 << ((b >> 16) & 127)) - 1),
-    "s_bfm": lambda w, a, b: ((1 << (a & 31)) - 1) << (b & 31),
-}
-_COMPARISONS: dict[str, Any] = {
-    "eq": lambda a, b: a == b,
-    "lg": lambda a, b: a != b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-}
 _TYPED = re.compile(r"(\w+?)_([iub])(16|32|64)$")
 
 
@@ -157,12 +111,12 @@ class _Wave:
             self._compute(name, operands)
         elif operands:  # a lane's result in a scalar register: a comparison's, a carry, readfirstlane's
             for operand in operands[: 2 if "_co_" in name or "div_scale" in name else 1]:
-                place = _place(operand)
+                place = register_place(operand)
                 if place is not None:
                     self._write(*place, None)
 
     def _compute(self, name: str, operands: list[str]) -> None:
-        place = _place(operands[0]) if operands else None
+        place = register_place(operands[0]) if operands else None
         if place is None:
             return
         values = [self._read(operand) for operand in operands[1:]]
@@ -182,7 +136,7 @@ class _Wave:
         stem, sign, bits = (kind[1].replace("_co", ""), kind[2], int(kind[3])) if kind else (name, "u", 32)
         if name.startswith("s_sext_i32"):
             kind = re.match(r".*_i(8|16)$", name)
-            return None if values[0] is None or kind is None else _signed(values[0], int(kind[1]))
+            return None if values[0] is None or kind is None else signed(values[0], int(kind[1]))
         if stem in ("s_addk", "s_mulk"):
             values = [self._read(operands[0]), *values]
         known = [value for value in values if value is not None]
@@ -194,7 +148,7 @@ class _Wave:
         if stem in ("s_min", "s_max"):
             return self._extreme(stem, sign, bits, known)
         if stem == "s_mul_hi":
-            pair = [_signed(value) if sign == "i" else value & _MASK for value in known]
+            pair = [signed(value) if sign == "i" else value & _MASK for value in known]
             return pair[0] * pair[1] >> 32
         if stem in ("s_addc", "s_subb", "s_add_ci", "s_sub_ci"):
             if carry is None:
@@ -202,12 +156,12 @@ class _Wave:
             total = known[0] + known[1] + carry if "add" in stem else known[0] - known[1] - carry
             self.scc = int(not 0 <= total <= _MASK)
             return total
-        if stem not in _ARITHMETIC:
+        if stem not in ARITHMETIC:
             return None
         width = 64 if bits == 64 else 32
-        result: int = _ARITHMETIC[stem](width, *(value & ((1 << width) - 1) for value in known))
+        result: int = ARITHMETIC[stem](width, *(value & ((1 << width) - 1) for value in known))
         if stem == "s_bfe" and sign == "i" and known[1] >> 16 & 127:
-            result = _signed(result, known[1] >> 16 & 127)
+            result = signed(result, known[1] >> 16 & 127)
         if stem in ("s_add", "s_sub") and sign == "u":
             self.scc = int(not 0 <= result < 1 << width)
         elif stem not in ("s_mov", "s_movk", "s_add", "s_sub", "s_addk") and not stem.startswith("s_mul"):
@@ -215,7 +169,7 @@ class _Wave:
         return result
 
     def _extreme(self, stem: str, sign: str, bits: int, known: list[int]) -> int:
-        pair = [_signed(value, bits) if sign == "i" else value & _MASK for value in known]
+        pair = [signed(value, bits) if sign == "i" else value & _MASK for value in known]
         best = min(pair) if stem == "s_min" else max(pair)
         self.scc = int(best == pair[0])
         return best
@@ -231,12 +185,12 @@ class _Wave:
             return None
         bits = int(found[3])
         if name.startswith("s_cmpk"):
-            b = _signed(b, 16) if found[2] == "i" else b & 0xFFFF
-        sides = (_signed(v, bits) if found[2] == "i" else v & ((1 << bits) - 1) for v in (a, b))
-        return int(_COMPARISONS[found[1]](*sides))
+            b = signed(b, 16) if found[2] == "i" else b & 0xFFFF
+        sides = (signed(v, bits) if found[2] == "i" else v & ((1 << bits) - 1) for v in (a, b))
+        return int(COMPARISONS[found[1]](*sides))
 
     def _load_scalars(self, name: str, operands: list[str]) -> None:
-        place, base = _place(operands[0]), self._read(operands[1])
+        place, base = register_place(operands[0]), self._read(operands[1])
         assert place is not None
         offset = self._read(operands[2].split(" ")[0]) if len(operands) > 2 else 0
         for i in range(place[1]):
@@ -248,7 +202,7 @@ class _Wave:
         return self.arguments[word] if 0 <= word < len(self.arguments) else None
 
     def _read(self, operand: str) -> int | None:
-        place = _place(operand)
+        place = register_place(operand)
         if place is not None:
             return self._read_register(*place)
         try:
@@ -271,19 +225,6 @@ class _Wave:
 
 def _ones(width: int) -> int:
     return (1 << 32 * width) - 1
-
-
-def _place(operand: str) -> tuple[int, int] | None:
-    """First scalar register of an operand and how many there are; None where it is something else."""
-    if operand in _NAMED:
-        return _NAMED[operand], 1
-    if operand in _PAIRS:
-        return _PAIRS[operand], 2
-    found = re.match(r"(s|ttmp)(?:(\d+)$|\[(\d+):(\d+)\]$)", operand)
-    if found is None:
-        return None
-    first = int(found[2] or found[3]) + (2000 if found[1] == "ttmp" else 0)
-    return first, int(found[4]) - int(found[3]) + 1 if found[3] else 1
 
 
 def _parse(assembly: str) -> tuple[list[tuple[str, list[str]]], dict[str, int]]:

@@ -1,7 +1,10 @@
 """What all decoder models share: embeddings, pre-norm layers, output head, caches, and the ragged forward pass."""
 
+import copy
+import json
 from abc import abstractmethod
-from typing import Any, ClassVar
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from gfxlm.errors import UserError
 from gfxlm.models.config import ModelConfig
 from gfxlm.nn.attention import Attention
-from gfxlm.nn.cache import Cache, KVCache, LayerCache, RecurrentCache
+from gfxlm.nn.cache import Cache, Identity, KVCache, KVFormat, LayerCache, QuantizedKVCache, RecurrentCache, kv_format
 from gfxlm.nn.context import Context
 from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.linear import Embedding, Linear
@@ -22,6 +25,9 @@ from gfxlm.weights.source import WeightSource
 from gfxlm.weights.weight import Weight
 
 Tensors = dict[str, LazyTensor]
+
+# Of the first row of each matrix, to know a model again.
+_SAMPLED_FEATURES = 8
 
 
 class DecoderLayer(Module):
@@ -76,6 +82,7 @@ class CausalLM(Module):
         self.config = config
         self.tied = tied
         self.generation_config: dict[str, Any] = {}
+        self.kv_format: KVFormat | None = None
         layers = [self.make_layer(config, number) for number in range(config.num_hidden_layers)]
         self.model = Decoder(config, layers, self.make_rope(config))
         if not tied:
@@ -170,14 +177,64 @@ class CausalLM(Module):
         limit = self.model.rope.limit
         if limit is not None and max_context > limit:
             raise UserError(f"rope_scaling: type 'dynamic' is not supported beyond the {limit} positions of training")
-        return Cache([self._layer_cache(layer, slots, max_context) for layer in self.layers], [0] * slots, max_context)
+        layers = [self._layer_cache(layer, slots, max_context, self.device, self.kv_format) for layer in self.layers]
+        # A function, so that a copy of the cache is no copy of the model.
+        return Cache(layers, [0] * slots, max_context, lambda: self.identity)
 
-    def _layer_cache(self, layer: nn.Module, slots: int, max_context: int) -> LayerCache:
+    def with_quantized_kv(self, bits: int = 8, group_size: int = 64) -> Self:
+        """The same model over the same weights, whose caches, an `Engine`'s too, hold codes of 4 or 8 bits.
+
+        Recurrent layers keep their fp32 state. UserError for other bits, for groups of other than 32, 64 or 128
+        features, and where a head does not divide into groups.
+        """
+        view = copy.copy(self)
+        view.kv_format = KVFormat(bits, group_size)
+        for mixer in self._mixers():
+            if isinstance(mixer, Attention):
+                view.kv_format.check(mixer.head_dim)
+        return view
+
+    @property
+    def identity(self) -> Identity:
+        """What tells this model from others, wherever it runs."""
+        held = (value for module in self.modules() for value in vars(module).values())
+        matrices = [value for value in held if isinstance(value, Weight) and len(value.shape) == 2]
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        rows = [matrix.rows(first)[0, :_SAMPLED_FEATURES].float() for matrix in matrices]
+        return Identity(json.dumps(asdict(self.config), sort_keys=True), torch.stack(rows).cpu())
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raise UserError unless the cache's layers have this model's kinds, shapes and types."""
+        if len(cache.layers) != len(self.layers):
+            raise UserError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}: it is another's")
+        for number, (theirs, layer) in enumerate(zip(cache.layers, self.layers, strict=True)):
+            ours = self._layer_cache(layer, 1, 1, torch.device("meta"), kv_format(theirs))
+            if _summary(theirs) != _summary(ours):
+                raise UserError(
+                    f"the cache is another model's: its layer {number} is a {_summary(theirs)}, not a {_summary(ours)}"
+                )
+
+    def _mixers(self) -> list[Attention | GatedDeltaNet]:
+        return [layer.mixer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def _layer_cache(
+        self, layer: nn.Module, slots: int, max_context: int, device: torch.device, format: KVFormat | None
+    ) -> LayerCache:
         assert isinstance(layer, DecoderLayer)
         mixer = layer.mixer
-        if isinstance(mixer, Attention):
-            return KVCache.allocate(slots, max_context, mixer.kv_heads, mixer.head_dim, self.dtype, self.device)
-        return RecurrentCache(
-            torch.zeros(slots, mixer.kernel, mixer.channels, dtype=self.dtype, device=self.device),
-            torch.zeros(slots, mixer.v_heads, mixer.v_dim, mixer.k_dim, device=self.device),
-        )
+        if isinstance(mixer, GatedDeltaNet):
+            return RecurrentCache(
+                torch.zeros(slots, mixer.kernel, mixer.channels, dtype=self.dtype, device=device),
+                torch.zeros(slots, mixer.v_heads, mixer.v_dim, mixer.k_dim, device=device),
+            )
+        shape = (slots, max_context, mixer.kv_heads, mixer.head_dim)
+        if format is None:
+            return KVCache.allocate(*shape, self.dtype, device)
+        return QuantizedKVCache.allocate(*shape, self.dtype, device, bits=format.bits, group_size=format.group_size)
+
+
+def _summary(layer: LayerCache) -> str:
+    """A layer's kind, and the shapes and types of what it holds of a position or a sequence."""
+    skipped = 1 if isinstance(layer, RecurrentCache) else 2
+    held = (f"{list(x.shape[skipped:])} {str(x.dtype).removeprefix('torch.')}" for x in layer.tensors)
+    return f"{type(layer).__name__} of {', '.join(held)}"

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gfxlm.nn.module import Module
-from gfxlm.ops import add_rms_norm, rms_norm
+from gfxlm.ops import rms_norm
 from gfxlm.weights.source import WeightSource
 
 
@@ -22,7 +22,3 @@ class RMSNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
-        return add_rms_norm(x, residual, self.weight, self.eps)

@@ -24,6 +24,15 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors lie where the first of them does."""
+    (first, x), *others = tensors.items()
+    assert x is not None
+    for name, given in others:
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{op}: {name} must lie on {x.device}, where {first} is, not on {given.device}")
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels do the work: x lies on a GPU that they run on, or stands for such a tensor in a recording."""
     return (x.is_cuda or x.is_meta) and architecture(x.device).kernels

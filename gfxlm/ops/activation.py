@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import kernels_take, normalize_axis, widen
+from gfxlm.ops._common import check_devices, kernels_take, normalize_axis, widen
 
 # Larger float32 temporaries than this cost the CPU more in fresh pages than the arithmetic does.
 _SWIGLU_BLOCK = 1 << 17
@@ -16,8 +16,11 @@ def softmax(a: Tensor, axis: int | Sequence[int] | None = None, *, precise: bool
     """exp(a) / sum(exp(a)) over one axis, over several together, or over all of `a` (None).
 
     Sums are float32 whatever `precise` says, so it changes nothing; MLX callers pass it. Integers give
-    float32. A row of nothing but -inf gives NaN. ValueError for an axis that is absent or named twice.
+    float32. A row of nothing but -inf gives NaN. ValueError for an axis that is absent or named twice, and
+    for complex numbers.
     """
+    if a.is_complex():
+        raise ValueError(f"softmax: a must be real, got {a.dtype}")
     if isinstance(axis, int):
         axis = (axis,)
     axes = range(a.ndim) if axis is None else [normalize_axis("softmax", i, a.ndim) for i in axis]
@@ -48,8 +51,7 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(gate.dtype, x.dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"swiglu: gate and x must be floating, got {gate.dtype} and {x.dtype}")
-    if gate.device != x.device:
-        raise ValueError(f"swiglu: gate and x must lie on one device, got {gate.device} and {x.device}")
+    check_devices("swiglu", gate=gate, x=x)
     if gate.ndim > 0 and kernels_take(gate, x):
         from gfxlm.kernels.basic import activation
 

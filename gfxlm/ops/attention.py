@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfxlm.kernels.attention.store import Store
-from gfxlm.ops._common import on_gpu, widen
-from gfxlm.ops.kv import check_stores, read
-from gfxlm.ops.ragged import Slots, Span
+from gfxlm.ops._common import check_devices, on_gpu, widen
+from gfxlm.ops.kv import check_stores, read, some
+from gfxlm.ops.ragged import Slots, Span, check_slots
 
 # Up to this many query rows, the query heads that share a key head are laid out as rows of one head: the CPU
 # kernel then reads each key once, which is worth a factor of up to 16 for one row, and nothing from 32 on.
@@ -48,6 +48,7 @@ def scaled_dot_product_attention(
     causal = isinstance(mask, str)
     if sinks is not None:
         _check_sinks("scaled_dot_product_attention", sinks, q.shape[1], dtype)
+    check_devices("scaled_dot_product_attention", q=q, k=k, v=v, mask=given, sinks=sinks)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if _kernel_takes(q, k, v, scale) and not _wants_gradient(q, k, v, given, sinks):
         from gfxlm.ops.attention_gpu import dense
@@ -80,17 +81,22 @@ def cached_attention(
 
     q is (N, Hq, D); k_cache (n_slots, max_context, Hkv, D) and v_cache (n_slots, max_context, Hkv, Dv)
     already hold these rows' keys and values, as numbers or `Quantized`; the result is (N, Hq, Dv). The row at
-    position p of its slot, `positions` (N,), sees the keys j with j <= p, and p - window < j if there is a window.
-    sinks are as in `scaled_dot_product_attention`. A row that no span covers gives zeros. With a gate, (N, Hq, Dv),
-    the result is multiplied by its sigmoid. With `pages`, int32 (slots, n), the caches are as in `ops.kv`.
+    position p of its slot, `positions` int64 (N,), sees the keys j with j <= p, and p - window < j if there is a
+    window. sinks are as in `scaled_dot_product_attention`. A row that no span covers gives zeros. With a gate,
+    (N, Hq, Dv), the result is multiplied by its sigmoid. With `pages`, int32 (slots, n), the caches are as in `ops.kv`.
 
     On a GPU, sequences of up to 8 rows take their slots and lengths from `slots.index` and `positions`, not from the
     spans, so that a captured call serves every length; rows with a negative slot then give zeros.
 
     ValueError if shapes or types do not fit or a span lies outside the batch or the caches.
     """
-    _check_cached(q, k_cache, v_cache, positions, window, sinks)
+    _check_cached(q, k_cache, v_cache, window, sinks)
+    check_slots("cached_attention", q.shape[0], positions, slots)
     check_stores("cached_attention", k_cache, v_cache, pages)
+    check_devices(
+        "cached_attention", q=q, k_cache=some(k_cache), v_cache=some(v_cache),
+        positions=positions, index=slots.index, sinks=sinks, gate=gate, pages=pages,
+    )  # fmt: skip
     if gate is not None and (gate.shape != (*q.shape[:2], v_cache.shape[3]) or gate.dtype != q.dtype):
         wanted = f"{q.dtype} {(*q.shape[:2], v_cache.shape[3])}"
         raise ValueError(f"cached_attention: gate must be {wanted}, got {gate.dtype} {tuple(gate.shape)}")
@@ -179,7 +185,7 @@ def _reference_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
     k, v = widen(k), widen(v)
-    step = max(1, _REFERENCE_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    step = max(1, _REFERENCE_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     blocks = []
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
@@ -255,20 +261,18 @@ def _check_sinks(op: str, sinks: Tensor, heads: int, dtype: torch.dtype) -> None
         raise ValueError(f"{op}: sinks of {sinks.dtype} would widen the result's type {dtype}")
 
 
-def _check_cached(
-    q: Tensor, k_cache: Store, v_cache: Store, positions: Tensor, window: int | None, sinks: Tensor | None
-) -> None:
+def _check_cached(q: Tensor, k_cache: Store, v_cache: Store, window: int | None, sinks: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
     if q.ndim != 3 or not len(k_cache.shape) == len(v_cache.shape) == 4 or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
             f"cached_attention: q must be (N, Hq, D) and the caches (slots, context, Hkv, D), got {shapes}"
         )
-    if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
+    if q.shape[2] != k_cache.shape[3] or k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"cached_attention: head sizes differ, or q's heads are no multiple of k_cache's: {shapes}")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"cached_attention: types differ: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    if positions.shape != q.shape[:1]:
-        raise ValueError(f"cached_attention: positions must be ({q.shape[0]},), got {tuple(positions.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"cached_attention: q must be floating, got {q.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"cached_attention: window must be at least 1, got {window}")
     if sinks is not None:

@@ -11,10 +11,13 @@ from gfxlm.kernels.attention.decode import MAX_QUERIES, decode
 from gfxlm.kernels.attention.prefill import prefill
 from gfxlm.kernels.attention.store import Store
 from gfxlm.kernels.launch import is_recording
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.tuning import config
 from gfxlm.ops.ragged import Slots, Span
 
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# Kernels count a head's distance from the first in 32 bits.
+_MOST_APART = 1 << 31
 
 
 def dense(
@@ -30,7 +33,9 @@ def dense(
         backend = _of_torch(q, v, rows)
         if backend is not None:
             return _torch_attention(q, k, v, scale=scale, causal=causal, backend=backend)
-    q, k, v = (_dense(x).transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
+    if heads > 1 and any(x is not None and x.shape[1] * x.stride(1) >= _MOST_APART for x in (q, mask)):
+        return _head_by_head(q, k, v, scale=scale, causal=causal, mask=mask, sinks=sinks)
+    q, k, v = (adjacent(x).transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
     out = torch.empty(batch, rows, heads, v.shape[3], dtype=q.dtype, device=q.device)
     if rows == 1 and mask is None:
         positions = torch.full((batch,), keys - 1, device=q.device)
@@ -40,6 +45,20 @@ def dense(
         mask = None if mask is None else mask.expand(batch, heads, rows, keys)
         prefill(q, k, v, out, runs, scale=scale, causal=causal, mask=mask, sinks=sinks)
     return out.transpose(1, 2)
+
+
+def _head_by_head(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    outputs = []
+    for i in range(q.shape[1]):
+        one, of_keys = slice(i, i + 1), slice(i // group, i // group + 1)
+        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, one]
+        sink = None if sinks is None else sinks[one]
+        parts = (q[:, one], k[:, of_keys], v[:, of_keys])
+        outputs.append(dense(*parts, scale=scale, causal=causal, mask=shown, sinks=sink))
+    return torch.cat(outputs, 1)
 
 
 def cached(
@@ -59,8 +78,8 @@ def cached(
 
     Sequences of few rows are decoded: their lengths come from `positions`. The spans of all others say their lengths.
     """
-    q = _dense(q)
-    gate = None if gate is None else _dense(gate)
+    q = adjacent(q)
+    gate = None if gate is None else adjacent(gate)
     spans = [span for span in slots.spans if span.stop > span.start]
     covered = sum(span.stop - span.start for span in spans) == q.shape[0]
     allocate = torch.empty if covered else torch.zeros
@@ -121,8 +140,3 @@ def _of_torch(q: Tensor, v: Tensor, rows: int) -> str | None:
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, backend: str) -> Tensor:
     with sdpa_kernel(_BACKENDS[backend]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x with its features side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

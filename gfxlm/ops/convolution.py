@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import on_gpu, widen
+from gfxlm.ops._common import check_devices, on_gpu, widen
 
 # From this many steps on, the CPU's convolution is worth its set-up.
 _FUSED_STEPS = 16
@@ -68,5 +68,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     carried = (batch, weight.shape[1] - 1, channels)
     if state is not None and (state.shape != carried or state.dtype != x.dtype):
         raise ValueError(f"causal_conv1d: state must be {x.dtype} {carried}, got {state.dtype} {tuple(state.shape)}")
+    check_devices("causal_conv1d", x=x, weight=weight, bias=bias, state=state)
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")

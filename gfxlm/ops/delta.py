@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import on_gpu, widen
+from gfxlm.ops._common import check_devices, on_gpu, widen
 
 _CHUNK = 64
 
@@ -26,6 +26,7 @@ def decay(A_log: Tensor, a: Tensor, dt_bias: Tensor) -> Tensor:
             f"decay: A_log {tuple(A_log.shape)}, dt_bias {tuple(dt_bias.shape)} and the last axis of a "
             f"{tuple(a.shape)} must be one number of heads"
         )
+    check_devices("decay", a=a, A_log=A_log, dt_bias=dt_bias)
     step = widen(a) + dt_bias
     return (-widen(A_log).exp() * torch.logaddexp(step, step.new_zeros(()))).exp()
 
@@ -205,3 +206,4 @@ def _check(
         if x is not None and x.shape not in shapes:
             allowed = " or ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(f"gated_delta_update: {name} must be {allowed}, got {tuple(x.shape)}")
+    check_devices("gated_delta_update", q=q, k=k, v=v, gamma=gamma, beta=beta, initial_state=state, mask=mask)

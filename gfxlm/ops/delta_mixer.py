@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import on_gpu
+from gfxlm.ops._common import check_devices, on_gpu
 from gfxlm.ops.convolution import causal_conv1d
 from gfxlm.ops.delta import decay, gated_delta_update, rule_over_rows
 from gfxlm.ops.normalization import l2_normalize, rms_norm
-from gfxlm.ops.ragged import Slots
+from gfxlm.ops.ragged import Slots, check_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,14 @@ def gated_delta_mixer(
     The result has qkvz's type. ValueError if a shape or type does not fit.
     """
     _check(qkvz, ba, weights, conv, state)
+    check_slots("gated_delta_mixer", len(qkvz), positions, slots)
+    check_devices(
+        "gated_delta_mixer", qkvz=qkvz, ba=ba, conv_weight=weights.conv, A_log=weights.A_log, dt_bias=weights.dt_bias,
+        norm=weights.norm, positions=positions, index=slots.index, conv=conv, state=state,
+    )  # fmt: skip
     bounds = tuple((span.start, span.stop) for span in slots.spans if span.stop > span.start)
     single = all(stop - start == 1 for start, stop in bounds)
+    _check_bounds(bounds, len(qkvz), single)
     if on_gpu(qkvz) and torch.float64 not in (qkvz.dtype, state.dtype):
         run = _step_on_gpu if single else _prefill_on_gpu
         return run(qkvz, ba, weights, positions, slots, conv, state)
@@ -181,8 +187,14 @@ def _prefill_on_gpu(
     return gated_norm(y, qkvz, weights.norm, weights.eps, k_heads, k_dim)
 
 
+def _check_bounds(bounds: tuple[tuple[int, int], ...], rows: int, single: bool) -> None:
+    inside = all(start >= 0 and stop <= rows for start, stop in bounds)
+    if not inside or (not single and sum(stop - start for start, stop in bounds) != rows):
+        raise ValueError(f"gated_delta_mixer: spans {list(bounds)} do not make up the {rows} rows of qkvz")
+
+
 def _check(qkvz: Tensor, ba: Tensor, weights: DeltaWeights, conv: Tensor, state: Tensor) -> None:
-    rows = qkvz.shape[0]
+    rows = qkvz.shape[0] if qkvz.ndim else 0
     k_heads, v_heads, k_dim, v_dim = weights.k_heads, weights.v_heads, weights.k_dim, weights.v_dim
     taps, channels = weights.conv.shape
     if v_heads % k_heads or channels != 2 * k_heads * k_dim + v_heads * v_dim:
@@ -200,6 +212,10 @@ def _check(qkvz: Tensor, ba: Tensor, weights: DeltaWeights, conv: Tensor, state:
     for name, (x, shape) in wanted.items():
         if x.shape != shape:
             raise ValueError(f"gated_delta_mixer: {name} must be {shape}, got {tuple(x.shape)}")
+        if not x.is_floating_point() or (name in ("ba", "conv") and x.dtype != qkvz.dtype):
+            raise ValueError(f"gated_delta_mixer: {name} must be floating, of qkvz's {qkvz.dtype}, got {x.dtype}")
+        if name == "state" and x.dtype.itemsize < 4:
+            raise ValueError(f"gated_delta_mixer: state must be float32, got {x.dtype}")
         if name in ("qkvz", "ba") and x.stride(-1) != 1:
             raise ValueError(
                 f"gated_delta_mixer: the columns of {name} must lie side by side, got strides {x.stride()}"

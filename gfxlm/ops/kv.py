@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfxlm.kernels.attention.store import Quantized, Store
-from gfxlm.ops._common import on_gpu
+from gfxlm.kernels.layout import adjacent
+from gfxlm.ops._common import check_devices, on_gpu
 from gfxlm.ops.formats import unpack_codes
 from gfxlm.ops.normalization import rms_norm
 from gfxlm.ops.quantized import quantize
-from gfxlm.ops.ragged import Slots
+from gfxlm.ops.ragged import Slots, check_slots
 from gfxlm.ops.rotary import rotate
 
 
@@ -48,18 +49,22 @@ def write_qkv(
         if weight.shape != q.shape[2:] or weight.dtype != q.dtype:
             wanted = f"{q.dtype} ({q.shape[2]},)"
             raise ValueError(f"write_qkv: {name} must be {wanted}, got {weight.dtype} {tuple(weight.shape)}")
-    half = cos.shape[-1]
+    half = cos.shape[-1] if cos.ndim else 0
     if cos.shape != (q.shape[0], 1, half) or sin.shape != cos.shape or 2 * half > q.shape[2]:
         raise ValueError(
             f"write_qkv: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be ({q.shape[0]}, 1, n), "
             f"with 2 n at most {q.shape[2]}"
         )
+    if not cos.dtype == sin.dtype == torch.float32:
+        raise ValueError(f"write_qkv: cos and sin must be float32, got {cos.dtype} and {sin.dtype}")
+    q_norm, k_norm = norms or (None, None)
+    check_devices("write_qkv", q=q, k=k, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
     if on_gpu(q):
         from gfxlm.kernels.attention.write import write
 
         angles = (cos.reshape(-1, half), sin.reshape(-1, half))
         written = write(
-            _dense(q), _dense(k), _dense(v), k_cache, v_cache, positions, slots.index,
+            adjacent(q), adjacent(k), adjacent(v), k_cache, v_cache, positions, slots.index,
             weights=norms, eps=eps, angles=angles, traditional=traditional, pages=pages,
         )  # fmt: skip
         assert written is not None
@@ -90,7 +95,7 @@ def write_kv(
     if on_gpu(k):
         from gfxlm.kernels.attention.write import write
 
-        write(None, _dense(k), _dense(v), k_cache, v_cache, positions, slots.index, pages=pages)
+        write(None, adjacent(k), adjacent(v), k_cache, v_cache, positions, slots.index, pages=pages)
         return
     write_rows(k_cache, k, positions, slots.index, pages)
     write_rows(v_cache, v, positions, slots.index, pages)
@@ -111,6 +116,11 @@ def read(store: Store, slot: int, first: int, last: int, pages: Tensor | None = 
     codes = parts[0] if store.bits == 8 else torch.cat((parts[0] & 15, parts[0] >> 4), -1)
     groups = codes[..., : store.shape[3]].unflatten(-1, (-1, store.group_size)).float()
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2).to(store.dtype)
+
+
+def some(store: Store) -> Tensor:
+    """One of the tensors of a store, which all lie on one device."""
+    return _tensors(store)[0]
 
 
 def _tensors(store: Store) -> tuple[Tensor, ...]:
@@ -134,11 +144,6 @@ def write_rows(store: Store, rows: Tensor, positions: Tensor, index: Tensor, pag
         tensor.index_put_((index, positions), part)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x with its features side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check_rows(
     k: Tensor, v: Tensor, k_cache: Store, v_cache: Store, positions: Tensor, slots: Slots, pages: Tensor | None
 ) -> None:
@@ -150,9 +155,11 @@ def _check_rows(
     if not k.dtype == v.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"write_kv: types differ: {k.dtype}, {v.dtype}, {k_cache.dtype}, {v_cache.dtype}")
     check_stores("write_kv", k_cache, v_cache, pages)
-    for name, x in (("positions", positions), ("slots.index", slots.index)):
-        if x.shape != k.shape[:1] or x.dtype != torch.int64:
-            raise ValueError(f"write_kv: {name} must be int64 ({k.shape[0]},), got {x.dtype} {tuple(x.shape)}")
+    check_slots("write_kv", k.shape[0], positions, slots)
+    check_devices(
+        "write_kv", k=k, v=v, k_cache=some(k_cache), v_cache=some(v_cache),
+        positions=positions, index=slots.index, pages=pages,
+    )  # fmt: skip
 
 
 def check_stores(op: str, k_cache: Store, v_cache: Store, pages: Tensor | None) -> None:

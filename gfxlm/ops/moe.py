@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.kernels.packed import Packed
-from gfxlm.ops._common import on_gpu
+from gfxlm.ops._common import check_devices, on_gpu
 from gfxlm.ops.activation import swiglu
 from gfxlm.ops.matrix import Matrix, MatrixStack
 from gfxlm.ops.packed import KERNEL_TYPES
@@ -71,10 +71,14 @@ def expert_mlp(
 
     x (T, D), experts and scores (T, k), residual (T, D); `gate_up` is (E, 2 I, D) with gate rows first, `down`
     (E, D, I). Returns (T, D) in x's dtype. The sum over k is in fp32 and in an order that does not depend on what other
-    tokens chose. ValueError for shapes that do not fit. On a GPU an expert outside of [0, E) adds nothing, and nothing
-    is asked of the host.
+    tokens chose. ValueError for shapes that do not fit, IndexError for an expert outside of [0, E); on a GPU, where
+    nothing is asked of the host, such a one adds nothing.
     """
     _check(x, experts, scores, gate_up, down, residual)
+    if shared is not None:
+        if shared.logits.shape != (len(x), 1):
+            raise ValueError(f"shared.logits: must be ({len(x)}, 1), got {tuple(shared.logits.shape)}")
+        check_devices("expert_mlp", x=x, logits=shared.logits)
     if on_gpu(x) and x.dtype in KERNEL_TYPES:
         return _on_gpu(x, experts, scores, gate_up, down, shared, residual)
     y = _by_expert(x, experts, scores, gate_up, down)
@@ -87,7 +91,9 @@ def _by_expert(x: Tensor, experts: Tensor, scores: Tensor, gate_up: MatrixStack,
     """The reference: rows are sorted, and every expert is read once."""
     tokens, k = experts.shape
     order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten()).tolist()
+    negative, *counts = torch.bincount(experts.flatten().clamp(min=-1) + 1, minlength=1).tolist()
+    if negative or len(counts) > gate_up.shape[0]:
+        raise IndexError(f"experts: values must lie in [0, {gate_up.shape[0]})")
     routed = torch.empty(tokens * k, x.shape[-1], dtype=x.dtype, device=x.device)
     start = 0
     for expert, count in enumerate(counts):
@@ -190,6 +196,4 @@ def _check(
         raise ValueError(f"down: must be {(n_experts, columns, rows // 2)}, got {tuple(down.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"residual: must be {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}")
-    for name, given in (("experts", experts), ("scores", scores), ("residual", residual)):
-        if given is not None and given.device != x.device:
-            raise ValueError(f"{name}: must be on {x.device} as x is, got {given.device}")
+    check_devices("expert_mlp", x=x, experts=experts, scores=scores, residual=residual)

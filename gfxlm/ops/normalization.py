@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gfxlm.ops._common import kernels_take, widen
+from gfxlm.ops._common import check_devices, kernels_take, widen
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -76,6 +76,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def _result_type(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
+    check_devices(op, x=x, weight=weight, bias=bias)
     dtype = x.dtype
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
@@ -85,8 +86,6 @@ def _result_type(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None)
                 f"{op}: {name} must have shape {tuple(x.shape[-1:])} to match the last axis of x, "
                 f"got {tuple(parameter.shape)}"
             )
-        if parameter.device != x.device:
-            raise ValueError(f"{op}: {name} must lie on {x.device}, where x is, not on {parameter.device}")
         if weight is not None:  # MLX: a bias alone does not widen the result
             dtype = torch.promote_types(dtype, parameter.dtype)
     if not dtype.is_floating_point:
@@ -99,8 +98,7 @@ def _check_like(op: str, name: str, given: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have x's shape {tuple(x.shape)}, got {tuple(given.shape)}")
     if not given.is_floating_point():
         raise ValueError(f"{op}: {name} must be floating, got {given.dtype}")
-    if given.device != x.device:
-        raise ValueError(f"{op}: {name} must lie on {x.device}, where x is, not on {given.device}")
+    check_devices(op, x=x, **{name: given})
 
 
 def _adjacent(parameter: Tensor | None) -> Tensor | None:
@@ -108,8 +106,12 @@ def _adjacent(parameter: Tensor | None) -> Tensor | None:
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum(x²) + eps) over the last axis, float32 whatever x's type is; float64 stays."""
-    if x.ndim > 0 and kernels_take(x):
+    """x / sqrt(sum(x²) + eps) over the last axis, float32 whatever x's type is; float64 stays.
+
+    ValueError if x has no dimension or is not floating.
+    """
+    _result_type("l2_normalize", x, None, None)
+    if kernels_take(x):
         from gfxlm.kernels.basic import norm
 
         return norm.rms_norm(x, None, eps, torch.float32, mean=False)[0]

@@ -14,12 +14,14 @@ def packed_matmul(x: Tensor, packed: Packed, *, bias: Tensor | None = None, resi
 
     x (..., K) of a type in KERNEL_TYPES, bias (N,), residual and the result (..., N), all of x's type.
     """
+    _check_matrix(packed)
     _check_product(x, packed)
     shape = (*x.shape[:-1], packed.rows)
     for name, given, wanted in (("bias", bias, shape[-1:]), ("residual", residual, shape)):
         if given is not None and (given.shape != wanted or given.dtype != x.dtype):
             raise ValueError(f"{name}: must be {x.dtype} {wanted}, got {given.dtype} {tuple(given.shape)}")
     flat = x.reshape(-1, packed.columns)
+    bias = None if bias is None else bias.contiguous()
     flat_residual = None if residual is None else residual.reshape(-1, packed.rows)
     regime = _regime(flat, packed)
     if regime == "matvec":
@@ -33,6 +35,7 @@ def packed_matmul(x: Tensor, packed: Packed, *, bias: Tensor | None = None, resi
 
 def packed_swiglu(x: Tensor, packed: Packed) -> Tensor:
     """`silu(gate) * up` on a GPU, the first N / 2 rows of w giving gate and the rest up: (..., K) to (..., N / 2)."""
+    _check_matrix(packed)
     _check_product(x, packed)
     if packed.rows % 2:
         raise ValueError(f"w: needs as many rows of gate as of up, got {packed.rows}")
@@ -52,9 +55,17 @@ def packed_rows(indices: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     """Rows of w on a GPU, (*indices.shape, K). An index outside of [0, N) gives the nearest row."""
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"indices: must be integers, got {indices.dtype}")
-    from gfxlm.kernels.linear.rows import rows
+    _check_matrix(packed)
+    flat = indices.reshape(-1)
+    if packed.whole_units:
+        from gfxlm.kernels.linear.rows import rows
 
-    return rows(indices.reshape(-1), packed, dtype).view(*indices.shape, packed.columns)
+        found = rows(flat, packed, dtype)
+    else:
+        from gfxlm.kernels.linear.dequantize import dequantize
+
+        found = dequantize(packed.at(flat.long().clamp(0, packed.rows - 1)), dtype)
+    return found.view(*indices.shape, packed.columns)
 
 
 def packed_gather(x: Tensor, packed: Packed, lhs: Tensor, rhs: Tensor) -> Tensor:
@@ -74,6 +85,8 @@ def packed_gather(x: Tensor, packed: Packed, lhs: Tensor, rhs: Tensor) -> Tensor
 
 def _regime(x: Tensor, packed: Packed) -> str:
     """Which kernel multiplies x (M, K): "matvec" on the vector units, "skinny" or "wide" on the matrix units."""
+    if not packed.whole_units:  # the other two read units
+        return "wide"
     from gfxlm.kernels.linear.skinny import skinny_takes
     from gfxlm.kernels.tuning import config
 
@@ -81,6 +94,11 @@ def _regime(x: Tensor, packed: Packed) -> str:
     if x.shape[0] <= limits["matvec_rows"]:
         return "matvec"
     return "skinny" if x.shape[0] <= limits["skinny_rows"] else "wide"
+
+
+def _check_matrix(packed: Packed) -> None:
+    if packed.words.ndim != 2:
+        raise ValueError(f"w: must be one matrix, got a stack of words {tuple(packed.words.shape)}")
 
 
 def _check_product(x: Tensor, packed: Packed) -> None:

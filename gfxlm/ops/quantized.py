@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.kernels.packed import Packed
-from gfxlm.ops._common import on_gpu
+from gfxlm.ops._common import check_devices, on_gpu
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
 from gfxlm.ops.matrix import Matrix, MatrixStack
 from gfxlm.ops.packed import KERNEL_TYPES, packed_gather, packed_matmul
@@ -34,11 +34,11 @@ def quantize(
     q = Quantization.resolve(group_size, bits, mode)
     if not w.is_floating_point():
         raise ValueError(f"w: only floating types can be quantised, got {w.dtype}")
-    if w.ndim < 2 or w.shape[-1] % q.group_size:
+    if w.ndim < 2 or w.shape[-1] == 0 or w.shape[-1] % q.group_size:
         raise ValueError(
             f"w: needs 2 dimensions or more and a last one divisible by {q.group_size}, got {tuple(w.shape)}"
         )
-    _check_global_scale(q, global_scale)
+    _check_global_scale(q, global_scale, w)
     groups = w.unflatten(-1, (-1, q.group_size))  # (..., G, group_size)
     if q.affine:
         codes, scales, biases = _affine_codes(groups.float(), q.bits)
@@ -114,7 +114,7 @@ def dequantize(
     """
     q = Quantization.resolve(group_size, bits, mode)
     scales = _check_triple(w, scales, biases, q)
-    _check_global_scale(q, global_scale)
+    _check_global_scale(q, global_scale, w)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: must be floating, got {dtype}")
     codes = unpack_codes(w, q.bits).unflatten(-1, (-1, q.group_size))  # (..., G, group_size)
@@ -167,15 +167,18 @@ def quantized_matmul(
         return w.matmul(x)
     q = Quantization.resolve(group_size, bits, mode)
     scales = _check_triple(w, scales, biases, q)
+    check_devices("quantized_matmul", x=x, w=w)
     dtype = _result_dtype(x, scales, biases, q)
     inner = w.shape[-1] * 32 // q.bits if transpose else w.shape[-2]
-    if x.shape[-1] != inner:
+    if x.shape[-1:] != (inner,):
         raise ValueError(
-            f"x: last dimension {x.shape[-1]} does not match the {inner} of w "
+            f"x: last dimension {x.shape[-1] if x.ndim else 0} does not match the {inner} of w "
             f"(x {tuple(x.shape)}, w {tuple(w.shape)}, bits {q.bits}, transpose {transpose})"
         )
     if transpose and w.ndim == 2 and x.dtype == dtype and on_gpu(x) and dtype in KERNEL_TYPES:
         return packed_matmul(x, Packed.of(w, scales, biases, q.group_size, q.bits, q.mode))
+    if any(1 != m != n != 1 for m, n in zip(x.shape[-3::-1], w.shape[-3::-1], strict=False)):
+        raise ValueError(f"x: batch axes do not broadcast against those of w (x {tuple(x.shape)}, w {tuple(w.shape)})")
     matrix = dequantize(w, scales, biases, q.group_size, q.bits, q.mode, dtype=dtype)
     return x.to(dtype) @ (matrix.mT if transpose else matrix)
 
@@ -193,8 +196,9 @@ def gather_mm(
     a (..., M, K) and b (..., K, N); indices are flat over their batch axes and broadcast against each other; result
     (*indices, M, N). Raises IndexError for an index out of range. `sorted_indices` is a hint that is not needed here.
     """
-    if a.shape[-1] != b.shape[-2]:
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"a, b: inner dimensions differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    check_devices("gather_mm", a=a, b=b, lhs_indices=lhs_indices, rhs_indices=rhs_indices)
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, stack = a.to(dtype), b.to(dtype).reshape(-1, *b.shape[-2:])
     return _gather(a, b.shape[:-2], b.shape[-1], lhs_indices, rhs_indices, lambda rows, e: rows @ stack[e])
@@ -230,12 +234,13 @@ def gather_qmm(
         return _gather(x, (experts,), rows, lhs_indices, rhs_indices, lambda a, e: w.matrix(e).matmul(a))
     q = Quantization.resolve(group_size, bits, mode)
     scales = _check_triple(w, scales, biases, q)
-    _check_global_scale(q, global_scale)
+    _check_global_scale(q, global_scale, w)
+    check_devices("gather_qmm", x=x, w=w, lhs_indices=lhs_indices, rhs_indices=rhs_indices)
     dtype = _result_dtype(x, scales, biases, q)
     columns = w.shape[-1] * 32 // q.bits
     inner, outer = (columns, w.shape[-2]) if transpose else (w.shape[-2], columns)
-    if x.shape[-1] != inner:
-        raise ValueError(f"x: last dimension {x.shape[-1]} does not match the {inner} of w ({tuple(w.shape)})")
+    if x.ndim < 2 or x.shape[-1] != inner:
+        raise ValueError(f"x: must be (..., M, {inner}) for w {tuple(w.shape)}, got {tuple(x.shape)}")
     flat_w = w.reshape(-1, *w.shape[-2:])
     flat_scales = scales.reshape(-1, *scales.shape[-2:])
     flat_biases = None if biases is None else biases.reshape(-1, *biases.shape[-2:])
@@ -273,8 +278,12 @@ def _gather(
 
     `stack` is the right side's batch axes, and `multiply` is a product with its matrix of a flat number.
     """
-    lhs = _flat_indices("lhs", lhs_indices, a.shape[:-2], a.device)
-    lhs, rhs = torch.broadcast_tensors(lhs, _flat_indices("rhs", rhs_indices, stack, a.device))
+    lhs, rhs = _index_pair(a, stack, lhs_indices, rhs_indices)
+    for side, indices, batch in (("lhs", lhs, a.shape[:-2]), ("rhs", rhs, stack)):
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < prod(batch)):
+            raise IndexError(
+                f"{side}_indices: values must lie in [0, {prod(batch)}), the batch axes are {tuple(batch)}"
+            )
     flat_a = a.reshape(-1, *a.shape[-2:])
     wanted, chosen = rhs.flatten(), lhs.flatten()
     out = torch.empty(wanted.numel(), a.shape[-2], columns, dtype=a.dtype, device=a.device)
@@ -287,22 +296,20 @@ def _gather(
 def _index_pair(x: Tensor, stack: Sequence[int], lhs: Tensor | None, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Flat indices of both sides in one shape, without a look at their values."""
     pair = []
-    for indices, batch in ((lhs, x.shape[:-2]), (rhs, stack)):
+    for side, indices, batch in (("lhs", lhs, x.shape[:-2]), ("rhs", rhs, stack)):
         if indices is None:
             indices = torch.arange(prod(batch), device=x.device).reshape(tuple(batch))
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"{side}_indices: must be integers, got {indices.dtype}")
         pair.append(indices.long())
-    first, second = torch.broadcast_tensors(*pair)
+    first, second = pair
+    if any(1 != m != n != 1 for m, n in zip(first.shape[::-1], second.shape[::-1], strict=False)):
+        raise ValueError(
+            f"lhs_indices, rhs_indices: {tuple(first.shape)} and {tuple(second.shape)} do not broadcast against each "
+            "other; those that are not given count the batch axes"
+        )
+    first, second = torch.broadcast_tensors(first, second)
     return first, second
-
-
-def _flat_indices(side: str, indices: Tensor | None, batch: Sequence[int], device: torch.device) -> Tensor:
-    count = prod(batch)
-    if indices is None:
-        return torch.arange(count, device=device).reshape(tuple(batch))
-    indices = indices.long()
-    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < count):
-        raise IndexError(f"{side}_indices: values must lie in [0, {count}), the batch axes are {tuple(batch)}")
-    return indices
 
 
 def _result_dtype(x: Tensor, scales: Tensor, biases: Tensor | None, q: Quantization) -> torch.dtype:
@@ -333,9 +340,15 @@ def _check_triple(w: Tensor, scales: Tensor | None, biases: Tensor | None, q: Qu
             f"scales: shape {tuple(scales.shape)} does not match w {tuple(w.shape)} "
             f"with group_size {q.group_size} and bits {q.bits}"
         )
+    check_devices("a packed w", w=w, scales=scales, biases=biases)
     return scales
 
 
-def _check_global_scale(q: Quantization, global_scale: Tensor | None) -> None:
-    if global_scale is not None and q.mode != "nvfp4":
+def _check_global_scale(q: Quantization, global_scale: Tensor | None, w: Tensor) -> None:
+    if global_scale is None:
+        return
+    if q.mode != "nvfp4":
         raise ValueError(f"global_scale: only mode 'nvfp4' has one, not {q.mode!r}")
+    if global_scale.numel() != 1 and global_scale.shape != w.shape[:-2]:
+        raise ValueError(f"global_scale: must be one number, or {tuple(w.shape[:-2])}, got {tuple(global_scale.shape)}")
+    check_devices("a packed w", w=w, global_scale=global_scale)

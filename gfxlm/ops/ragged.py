@@ -33,13 +33,26 @@ class Slots:
     spans: tuple[Span, ...]
 
 
+def check_slots(op: str, rows: int, positions: Tensor, slots: Slots) -> None:
+    """ValueError unless every row of a batch has a position and a slot: kernels read as many as there are rows."""
+    for name, x in (("positions", positions), ("slots.index", slots.index)):
+        if x.shape != (rows,) or x.dtype != torch.int64:
+            raise ValueError(f"{op}: {name} must be int64 ({rows},), got {x.dtype} {tuple(x.shape)}")
+
+
 def ragged(
     slots: Sequence[int], lengths: Sequence[int], offsets: Sequence[int], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Slots]:
     """Lay out sequences end to end: `lengths[i]` new tokens for `slots[i]`, which already holds `offsets[i]`.
 
     Returns the positions, int64 (N,), and the `Slots` that `model.forward(tokens, positions, slots, cache)` takes.
+    ValueError if there are not as many of each, or a length or an offset is negative.
     """
+    if not len(slots) == len(lengths) == len(offsets) or min((*lengths, *offsets), default=0) < 0:
+        raise ValueError(
+            "ragged: slots, lengths and offsets must be one of each a sequence, none below 0, "
+            f"got {list(slots)}, {list(lengths)} and {list(offsets)}"
+        )
     spans = []
     start = 0
     for slot, length, offset in zip(slots, lengths, offsets, strict=True):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gfxlm.ops._common import on_gpu, widen
+from gfxlm.ops._common import check_devices, on_gpu, widen
 
 
 def rope_angles(
@@ -36,6 +36,7 @@ def rope_angles(
     elif freqs is not None:
         if freqs.shape != (dims // 2,):
             raise ValueError(f"rope: freqs must have shape ({dims // 2},) for dims {dims}, got {tuple(freqs.shape)}")
+        check_devices("rope", positions=positions, freqs=freqs)
         if on_gpu(positions) and positions.dtype == torch.int64 and freqs.dtype == torch.float32:
             from gfxlm.kernels.attention.angles import angles as one_kernel
 
@@ -51,14 +52,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, traditional: bool = False) ->
     """Rotate the first `2 * cos.shape[-1]` features of x, (..., D); the others stay as they are.
 
     cos and sin broadcast against x's pairs. Pairs are (i, i + dims / 2), or neighbours (2i, 2i + 1) if
-    `traditional`. Computed in float32, rounded once. ValueError if x has too few features or cos and sin
-    differ in shape.
+    `traditional`. Computed in float32, rounded once. ValueError if x is not floating or has too few features, or cos
+    and sin differ in shape or do not broadcast against x.
     """
     half = cos.shape[-1]
     if cos.shape != sin.shape:
         raise ValueError(f"rotate: cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if 2 * half > x.shape[-1]:
         raise ValueError(f"rotate: cos asks for {2 * half} features, x has {x.shape[-1]}")
+    if not x.is_floating_point():
+        raise ValueError(f"rotate: x must be floating, got {x.dtype}")
+    rows = x.shape[:-1]
+    if cos.ndim > x.ndim or any(m not in (1, n) for m, n in zip(cos.shape[-2::-1], rows[::-1], strict=False)):
+        raise ValueError(f"rotate: cos {tuple(cos.shape)} does not broadcast against the rows of x {tuple(x.shape)}")
+    check_devices("rotate", x=x, cos=cos, sin=sin)
     turned = widen(x[..., : 2 * half])
     a, b = (turned[..., ::2], turned[..., 1::2]) if traditional else turned.chunk(2, -1)
     pair = (a * cos - b * sin, a * sin + b * cos)

@@ -64,7 +64,7 @@ def _arg_reduce(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
 
 
 def _first_best(op: str, a: Tensor, dim: int) -> Tensor:
-    if a.ndim > 0 and kernels_take(a):
+    if a.ndim > 0 and a.shape[dim] < 1 << 31 and kernels_take(a):
         from gfxlm.kernels.basic.select import select
 
         lines = a.movedim(dim, -1)
@@ -75,6 +75,8 @@ def _first_best(op: str, a: Tensor, dim: int) -> Tensor:
 
 def _key(a: Tensor) -> Tensor:
     """`a` as a type that torch can compare, in the same order."""
+    if a.is_complex():
+        raise ValueError(f"a: complex numbers have no largest, got {a.dtype}")
     if a.dtype == torch.bool:
         return a.view(torch.uint8)
     flip = sign_bit(a.dtype)

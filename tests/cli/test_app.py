@@ -37,13 +37,13 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start_time)
     assert done.stderr == "[]\n"
-    for command in ("generate", "chat", "perplexity", "bench", "info", "convert"):
+    for command in ("generate", "chat", "cache-prompt", "perplexity", "bench", "info", "convert"):
         assert f" {command} " in done.stdout
     assert min(seconds) < 1
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("generate", "chat", "perplexity", "bench", "info", "convert"):
+    for command in ("generate", "chat", "cache-prompt", "perplexity", "bench", "info", "convert"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert "--model" in result.stdout or command == "info"

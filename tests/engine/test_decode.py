@@ -1,8 +1,12 @@
 """Decode steps that are launched ahead, against the plain engine: the same tokens, however requests come and go."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
+from gfxlm.engine import decode
 from gfxlm.engine.decode import DecodeStep
 from gfxlm.engine.engine import Engine, Request
 from gfxlm.engine.load import load
@@ -89,3 +93,41 @@ def test_launches_ahead(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (len(request.tokens), len(runs)) == (2, 2)
     finish(engine)
     assert (len(request.tokens), len(runs)) == (5, 4)
+
+
+class Recorded:
+    """A graph as if there were a GPU: a replay does nothing in Python, and results lie where they lay."""
+
+    def __init__(self, function: Callable[[], None], *_: object, **__: object) -> None:
+        self._function = function
+
+    def capture(self) -> None:
+        self._function()
+
+    def replay(self) -> None:
+        pass
+
+
+class ByKey:
+    """A sampler with log probabilities for some of its keys."""
+
+    graph_key = ""
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        values = {"ones": 1.0, "twos": 2.0}
+        value = values.get(self.graph_key)
+        return torch.zeros_like(slots), None if value is None else torch.full_like(logits, value)
+
+
+def test_log_probabilities_are_those_of_the_recording_that_ran(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "Graph", Recorded)
+    monkeypatch.setattr(decode, "shared_pool", lambda device: object())
+    monkeypatch.setattr(DecodeStep, "_forward", lambda self, bucket: None)
+    sampler = ByKey()
+    step = DecodeStep(model, model.make_cache(1, 8), sampler)
+    for key, value in [("ones", 1), ("none", None), ("ones", 1), ("twos", 2), ("ones", 1), ("none", None)]:
+        sampler.graph_key = key
+        logprobs = step.run([0]).logprobs
+        assert (None if logprobs is None else logprobs.unique().item()) == value

@@ -61,7 +61,7 @@ def test_the_first_rule_that_holds(rules: list[dict[str, Any]], rows: int, colum
         rule["use"] for rule in rules if all(holds(want, facts[fact]) for fact, want in rule.get("when", {}).items())
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "_table", lambda op, arch: rules)
+        patch.setattr(tuning, "_table", lambda op, arch: ({}, rules))
         tuning._lookup.cache_clear()
         if expected:
             assert tuning.config("op", CPU, **facts) == expected[0]
@@ -122,6 +122,26 @@ def test_a_measured_table_that_does_not_fit_is_not_used(folder: Path, content: o
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuning.config("op", CPU)
+
+
+@pytest.mark.parametrize(
+    "rules", [5, ["text"], [{"use": {"tile": 8}}], [{"when": {"rows": [1, 2]}, "use": {"tile": 8}}],
+              [{"when": {"rows": 1}, "use": {"file": 8}}], [{"when": {"rows": 1}, "use": 8}]],
+)  # fmt: skip
+def test_a_measured_table_of_another_form_is_not_used(folder: Path, rules: object) -> None:
+    shipped = [{"use": {"tile": 1}}]
+    write(folder / "shipped" / "portable", "op", {"rules": shipped})
+    write(folder / "user" / "portable", "op", {"against": tuning.fingerprint(shipped), "rules": rules})
+    with pytest.warns(UserWarning, match=r"op\.json cannot be read .* is not used"):
+        assert tuning.config("op", CPU, rows=1) == {"tile": 1}
+
+
+def test_a_measured_table_of_other_facts_says_nothing(folder: Path) -> None:
+    shipped = [{"use": {"tile": 1}}]
+    write(folder / "shipped" / "portable", "op", {"rules": shipped})
+    rules = [{"when": {"lines": 1}, "use": {"tile": 8}}]
+    write(folder / "user" / "portable", "op", {"against": tuning.fingerprint(shipped), "rules": rules})
+    assert tuning.config("op", CPU, rows=1) == {"tile": 1}
 
 
 def test_where_measured_tables_are(monkeypatch: pytest.MonkeyPatch) -> None:

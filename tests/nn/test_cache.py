@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gfxlm.errors import UserError
-from gfxlm.nn.cache import Cache, KVCache, QuantizedKVCache, RecurrentCache
+from gfxlm.nn.cache import Cache, KVCache, KVFormat, QuantizedKVCache, RecurrentCache
 from gfxlm.ops import cached_attention, dequantize, kv, quantize
 from gfxlm.ops.ragged import ragged
 
@@ -104,6 +104,47 @@ def test_copy_of_a_quantized_slot() -> None:
     assert target.lengths == [4, 0]
     for ours, theirs in zip(target.layers[0].tensors, source.layers[0].tensors, strict=True):
         assert torch.equal(ours[0, :4], theirs[1, :4])
+
+
+def quantised(context: int, bits: int) -> Cache:
+    layer = QuantizedKVCache.allocate(2, context, 2, 64, torch.float32, torch.device("cpu"), bits=bits, group_size=32)
+    return Cache([layer], [0, 0], context)
+
+
+def plain(context: int, lengths: list[int]) -> Cache:
+    cache = Cache([KVCache.allocate(2, context, 2, 64, torch.float32, torch.device("cpu"))], lengths, context)
+    for tensor in cache.layers[0].tensors:
+        for slot, length in enumerate(lengths):
+            tensor[slot, :length].normal_()
+    return cache
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_copies_between_formats_are_those_of_quantize(bits: int) -> None:
+    source, target, back = plain(9, [0, 7]), quantised(8, bits), plain(7, [0, 0])
+    target.copy_slot(0, source, 1)
+    back.copy_slot(1, target, 0)
+    assert (target.lengths, back.lengths) == ([7, 0], [0, 7])
+    for ours, theirs in zip(back.layers[0].tensors, source.layers[0].tensors, strict=True):
+        assert torch.equal(ours[1], dequantize(*quantize(theirs[1, :7], 32, bits), 32, bits))
+
+
+def test_quantising_a_whole_cache() -> None:
+    cache, expected = plain(9, [4, 9]), quantised(9, 4)
+    for slot in (0, 1):
+        expected.copy_slot(slot, cache, slot)
+    recurrent = RecurrentCache(torch.randn(2, 3, 5), torch.randn(2, 2, 4, 4))
+    cache.layers.append(recurrent)
+    cache.quantize(KVFormat(4, 32))
+    assert cache.layers[1] is recurrent
+    for ours, theirs in zip(cache.layers[0].tensors, expected.layers[0].tensors, strict=True):
+        assert torch.equal(ours[0, :4], theirs[0, :4])
+        assert torch.equal(ours[1], theirs[1])
+    cache.quantize(KVFormat(4, 32))  # it is
+    with pytest.raises(UserError, match="has 4 bits in groups of 32, not 8 bits in groups of 32"):
+        cache.quantize(KVFormat(8, 32))
+    with pytest.raises(UserError, match=r"heads of 64 features .* groups of 128; groups of 32 or 64 fit"):
+        plain(9, [1, 1]).quantize(KVFormat(4, 128))
 
 
 @pytest.mark.parametrize(("bits", "group_size", "head_dim"), [(3, 64, 64), (8, 16, 64), (8, 64, 80), (4, 128, 64)])

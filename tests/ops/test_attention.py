@@ -327,7 +327,8 @@ def test_rows_without_a_span_are_zero() -> None:
 )
 def test_cached_attention_errors(change: dict[str, Any], message: str) -> None:
     cache = torch.zeros(2, 64, 2, 16)
-    args = {"q": torch.zeros(1, 6, 16), "k_cache": cache, "v_cache": cache, "positions": torch.zeros(1)} | change
+    args = {"q": torch.zeros(1, 6, 16), "k_cache": cache, "v_cache": cache} | change
+    args.setdefault("positions", torch.zeros(1, dtype=torch.int64))
     span = args.pop("span", ops.Span(0, 0, 1, 1))
     with pytest.raises(ValueError, match=message):
         ops.cached_attention(**args, slots=ops.Slots(torch.zeros(1, dtype=torch.int64), (span,)), scale=1.0)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gfxlm.ops import attention_gpu, kv
+from gfxlm.device.arch import named
+from gfxlm.kernels.launch import recording
+from gfxlm.ops import attention_gpu, kv, scaled_dot_product_attention
 from gfxlm.ops.ragged import Slots, Span, ragged
 from tests.kernels.attention.oracle import DEVICE, assert_near, causal, exact, store
 
@@ -106,3 +108,23 @@ def test_torchs_kernel_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention_gpu, "_of_torch", lambda *_: None)
     ours = attention_gpu.cached(q, keys, values, positions, slots, **args)
     torch.testing.assert_close(by_table, ours, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_heads_that_lie_far_apart(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, n, 20, 64, device=DEVICE) for n in (6, 2, 2))
+    mask, sinks = torch.randn(1, heads, 20, 20, device=DEVICE), torch.randn(6, device=DEVICE)
+    together = attention_gpu.dense(q, k, v, scale=0.125, causal=False, mask=mask, sinks=sinks)
+    monkeypatch.setattr(attention_gpu, "_MOST_APART", 2000)
+    apart = attention_gpu.dense(q, k, v, scale=0.125, causal=False, mask=mask, sinks=sinks)
+    assert (apart - together).abs().max() <= 1e-5
+
+
+def test_a_mask_of_more_entries_than_32_bits_count() -> None:
+    q, k = (torch.empty(1, n, 16384, 64, dtype=torch.bfloat16, device="meta") for n in (40, 8))
+    mask = torch.empty(1, 40, 16384, 16384, dtype=torch.bfloat16, device="meta")
+    with recording(named("gfx942")) as launches:
+        assert scaled_dot_product_attention(q, k, k, scale=0.125, mask=mask).shape == q.shape
+    for launch in launches:
+        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+        assert launch.constants["heads"] * given["stride_mask_head"] < 1 << 31

@@ -9,8 +9,10 @@ from gfxlm.kernels.launch import recording
 from gfxlm.kernels.packed import Packed
 from gfxlm.ops.formats import Quantization
 from gfxlm.ops.packed import packed_matmul, packed_rows, packed_swiglu
-from gfxlm.ops.quantized import quantize, quantized_matmul
+from gfxlm.ops.quantized import dequantize, quantize, quantized_matmul
 from gfxlm.weights.weight import PackedWeight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def weight(n: int = 64, k: int = 128, bits: int = 4, mode: str = "affine") -> PackedWeight:
@@ -66,10 +68,35 @@ def test_refusals() -> None:
         packed_matmul(meta(1, 128), packed(), bias=meta(1, 64))
     with pytest.raises(ValueError, match=r"residual: must be torch.bfloat16 \(1, 64\), got torch.float32 \(1, 64\)"):
         packed_matmul(meta(1, 128), packed(), residual=meta(1, 64, dtype=torch.float32))
+    stack = Packed(*(x[None] if isinstance(x, Tensor) else x for x in vars(packed()).values()))
+    with pytest.raises(ValueError, match=r"w: must be one matrix, got a stack of words \(1, 64, 16\)"):
+        packed_matmul(meta(1, 128), stack)
     with pytest.raises(ValueError, match="as many rows of gate as of up, got 63"):
         packed_swiglu(meta(1, 128), packed(n=63))
     with pytest.raises(ValueError, match=r"indices: must be integers, got torch.float32"):
         packed_rows(meta(3, dtype=torch.float32), packed(), torch.bfloat16)
+
+
+def test_half_a_unit() -> None:
+    """Rows of nvfp4 may end in the middle of the 32 codes that most kernels read at a time."""
+    w, scales = quantize(torch.randn(8, 48), 16, 4, "nvfp4")
+    dense = dequantize(w, scales, None, 16, 4, "nvfp4", dtype=torch.float32).to(DEVICE)
+    half = Packed.of(w.to(DEVICE), scales.to(DEVICE), None, 16, 4, "nvfp4")
+    x = torch.randn(3, 48, device=DEVICE)
+    y = x.double() @ dense.double().T
+    assert (packed_matmul(x, half) - y).abs().max() <= 1e-6 * (x.abs() @ dense.abs().T).max()
+    gate, up = y.chunk(2, -1)
+    assert torch.allclose(packed_swiglu(x, half).double(), torch.nn.functional.silu(gate) * up, atol=1e-4)
+    found = packed_rows(torch.tensor([[7, 0], [-1, 99]], device=DEVICE), half, torch.float32)
+    assert torch.equal(found, dense[torch.tensor([[7, 0], [0, 7]])])
+
+
+def test_any_strides() -> None:
+    w, scales, biases = (t.to(DEVICE) for t in quantize(torch.randn(24, 64)))
+    matrix = Packed.of(w, scales, biases, 64, 4)
+    x, bias, residual = (torch.randn(*shape, device=DEVICE) for shape in ((64, 3), (24, 2), (24, 3)))
+    plain = packed_matmul(x.T.contiguous(), matrix, bias=bias[:, 1].contiguous(), residual=residual.T.contiguous())
+    assert torch.equal(packed_matmul(x.T, matrix, bias=bias[:, 1], residual=residual.T), plain)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

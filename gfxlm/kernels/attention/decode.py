@@ -178,8 +178,9 @@ def decode(
     launch(
         decode_kernel,
         (splits, heads // pack, sequences),
-        q, codes, v_codes, k_pairs, v_pairs, out, parts, tops, positions, slots, pages, sinks, gate,
-        0 if pages is None else pages.shape[1],
+        q, codes, v_codes, k_pairs, v_pairs, out, parts, tops, positions, slots, pages,
+        None if sinks is None else sinks.contiguous(), gate,
+        0 if pages is None else pages.stride(0),
         *q.stride()[:2], *strides(k), *strides(v), *gate_strides,
         options=sizes["options"],
         scale=scale,

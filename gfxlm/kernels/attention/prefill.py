@@ -187,8 +187,9 @@ def prefill(
     launch(
         prefill_kernel,
         (len(tiles) * (heads // pack),),
-        q, codes, v_codes, k_pairs, v_pairs, out, tiles, pages, mask, sinks, gate,
-        0 if pages is None else pages.shape[1],
+        q, codes, v_codes, k_pairs, v_pairs, out, tiles, pages, mask,
+        None if sinks is None else sinks.contiguous(), gate,
+        0 if pages is None else pages.stride(0),
         *_slot_strides(q), *strides(k), *strides(v), *_slot_strides(out),
         *((0, 0, 0, 0) if mask is None else mask.stride()),
         *((0, 0) if gate is None else gate.stride()[:2]),

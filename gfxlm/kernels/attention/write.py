@@ -191,7 +191,7 @@ def write(
         (cdiv(n * q_heads, block) + 2 * cdiv(n * kv_heads, block),),
         rows, k, v, k if out is None else out, *codes, *scales, *(weights or (None, None)), *(angles or (None, None)),
         positions, slots, pages,
-        n, 0 if pages is None else pages.shape[1],
+        n, 0 if pages is None else pages.stride(0),
         *rows.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *strides(keys), *strides(values),
         options=sizes["options"],

@@ -77,7 +77,7 @@ def convolution(
         grid,
         x.contiguous(),
         weight.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         None if state is None else state.contiguous(),
         y,
         last,

@@ -82,12 +82,6 @@ def e4m3(codes):
 
 
 @triton.jit
-def word_code(words, i: tl.constexpr, bits: tl.constexpr):
-    """Code number i of int32 words of 32 / bits codes: for bits 2, 4 and 8."""
-    return (words >> (i * bits)) & ((1 << bits) - 1)
-
-
-@triton.jit
 def unit_code(words, i: tl.constexpr, bits: tl.constexpr):
     """Code number i, 0 to 31, of units, whose words are a tuple of `bits` int32 tensors."""
     first: tl.constexpr = i * bits // 32

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 
 
@@ -50,8 +51,7 @@ def deal(x: Tensor, period: int) -> Tensor:
         return x.contiguous()
     rows, columns = x.shape
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = adjacent(x)
     block = min(1024 // period, next_power_of_2(columns // period))
     grid = (rows, cdiv(columns // period, block))
     launch(deal_kernel, grid, x, y, x.stride(0), K=columns, PERIOD=period, BLOCK=block, options={"num_warps": 4})

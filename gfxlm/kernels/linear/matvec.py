@@ -11,6 +11,7 @@ from torch import Tensor
 from gfxlm.device.arch import architecture
 from gfxlm.kernels.inline import dot2_type
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.codes import load_unit, scale_arguments
 from gfxlm.kernels.linear.units import load_inputs, unit_products
 from gfxlm.kernels.packed import Packed
@@ -130,9 +131,8 @@ def _matvec(
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    if residual is not None and residual.stride(-1) != 1:
-        residual = residual.contiguous()
+    x = adjacent(x)
+    residual = None if residual is None else adjacent(residual)
     rows, columns = x.shape
     chosen = config("matvec", x.device, m=rows, n=packed.rows, k=columns, bits=packed.bits, half=x.element_size() == 2)
     block_m = min(next_power_of_2(rows), chosen["block_m"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gfxlm.device.arch import architecture
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.codes import load_scales, scale_arguments
 from gfxlm.kernels.linear.operands import axis_row, repeat_rows, span_dot, span_inputs, span_sums, spread_scales
 from gfxlm.kernels.packed import Packed
@@ -143,9 +144,8 @@ def _skinny(
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    if residual is not None and residual.stride(-1) != 1:
-        residual = residual.contiguous()
+    x = adjacent(x)
+    residual = None if residual is None else adjacent(residual)
     rows, columns = x.shape
     arch = architecture(x.device)
     chosen = config("skinny", x.device, m=rows, n=packed.rows, k=columns, bits=packed.bits)

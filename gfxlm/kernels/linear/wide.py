@@ -1,6 +1,5 @@
 """Many rows times a quantised matrix, on matrix units: fused, or dequantised first and left to BLAS."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.deal import deal, tile_sums
 from gfxlm.kernels.linear.dequantize import dequantize
 from gfxlm.kernels.linear.planes import format_of, operands, tile_dot, tile_periods, unpacking
@@ -115,13 +115,7 @@ def by_blas(
     step = cdiv(packed.rows, chunks * 128) * 128  # equal parts, aligned as BLAS likes it
     for start in range(0, packed.rows, step):
         part = slice(start, start + step)
-        rows = replace(
-            packed,
-            words=packed.words[part],
-            scales=packed.scales[part],
-            biases=None if packed.biases is None else packed.biases[part],
-        )
-        matrix = dequantize(rows, x.dtype).T
+        matrix = dequantize(packed.at(part), x.dtype).T
         if bias is None:
             torch.mm(x, matrix, out=y[:, part])
         else:
@@ -139,8 +133,7 @@ def fused(
     constants = format_of(packed)
     rows, n = x.shape[0], packed.rows
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    residual = None if residual is None else adjacent(residual)
     words, scales, biases = operands(packed)
     period, block_w = int(constants["PERIOD"]), tile_periods(block_k, packed, unpack)
     dealt = deal(x, period)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 
 
@@ -44,7 +45,7 @@ def combine(routed: Tensor, scores: Tensor, shared: Tensor | None, residual: Ten
     """
     tokens, k, columns = routed.shape
     y = torch.empty((tokens, columns), dtype=routed.dtype, device=routed.device)
-    shared, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (shared, residual))
+    shared, residual = (t if t is None else adjacent(t) for t in (shared, residual))
     block = min(1024, next_power_of_2(columns))
     launch(
         combine_kernel,

@@ -8,6 +8,7 @@ from torch import Tensor
 from gfxlm.device.arch import architecture
 from gfxlm.kernels.inline import dot2_type
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.codes import scale_arguments
 from gfxlm.kernels.moe.gathered import down_kernel, gate_up_kernel
 from gfxlm.kernels.packed import Packed
@@ -38,7 +39,7 @@ def expert_mlp_decode(
 ) -> Tensor:
     """Every token's experts `down(silu(gate x) * up x)` times their scores, summed in fp32 and rounded once.
 
-    x (T, D), experts int64 and scores fp32 (T, k), gate_up (E, 2 I, D) with gate rows first, down (E, D, I); the
+    x (T, D), experts integers and scores floating (T, k), gate_up (E, 2 I, D) with gate rows first, down (E, D, I); the
     shared expert's formats must be the experts' (`rides`). Returns (T, D) in x's type, `residual` (T, D) added.
     Columns are multiples of 32. An expert that does not exist contributes nothing.
     """
@@ -49,7 +50,7 @@ def expert_mlp_decode(
     if tokens == 0:
         return y
     h = torch.empty(tokens, top_k * inner + shared_inner, dtype=x.dtype, device=x.device)
-    x, experts, scores = _rows(x), experts.contiguous(), scores.contiguous()
+    x, experts, scores = adjacent(x), experts.long().contiguous(), scores.contiguous()
     n_experts = gate_up.words.shape[0]
     tile = _tile("moe_gate_up", x, gate_up, columns // UNIT)
     block_n = tile["block_n"]
@@ -74,7 +75,7 @@ def expert_mlp_decode(
         options={"num_warps": tile["num_warps"]},
     )
     logits = shared.logits if shared else None
-    residual = None if residual is None else _rows(residual)
+    residual = None if residual is None else adjacent(residual)
     tile = _tile("moe_down", x, down, (top_k * inner + shared_inner) // UNIT)
     launch(
         down_kernel,
@@ -105,16 +106,12 @@ def expert_mlp_decode(
 
 def takes(gate_up: Packed, down: Packed) -> bool:
     """Whether rows are whole units, and units lie where the widest loads may read."""
-    return _aligned(gate_up) and _aligned(down)
+    return gate_up.whole_units and down.whole_units
 
 
 def rides(stack: Packed, shared: Packed) -> bool:
     """Whether a shared expert's matrix lies as those of a stack, so that one launch reads both."""
-    return _layout(stack) == _layout(shared) and _aligned(shared)
-
-
-def _aligned(packed: Packed) -> bool:
-    return packed.columns % UNIT == 0 and packed.words.storage_offset() % 4 == 0
+    return _layout(stack) == _layout(shared) and shared.whole_units
 
 
 def _layout(packed: Packed) -> tuple[object, ...]:
@@ -147,7 +144,3 @@ def _format(packed: Packed, x: Tensor) -> dict[str, int | str | bool]:
 def _tile(op: str, x: Tensor, packed: Packed, units: int) -> dict[str, int]:
     tile = config(op, x.device, tokens=x.shape[0], bits=packed.bits, half=x.element_size() == 2)
     return {**tile, "block_u": min(tile["block_u"], next_power_of_2(units))}
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.launch import launch
+from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import next_power_of_2
 from gfxlm.kernels.tuning import config
 
@@ -79,8 +80,7 @@ def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     scores = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens == 0:
         return experts, scores
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = adjacent(logits)
     free = _FREE_BITS.get(logits.dtype, 0)
     launch(
         route_kernel,

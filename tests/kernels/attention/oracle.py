@@ -73,5 +73,6 @@ def numbers(cache: Store, slot: int, last: int, pages: Tensor | None = None) -> 
 
 
 def table(slots: int, pages: int) -> Tensor:
-    """A page table in which no page is where it would be without one."""
-    return torch.randperm(slots * pages).to(torch.int32).view(slots, pages).to(DEVICE)
+    """A page table in which no page is where it would be without one, the beginning of a wider one."""
+    numbers = torch.randperm(slots * pages).to(torch.int32).view(slots, pages)
+    return torch.cat((numbers, torch.zeros_like(numbers)), 1).to(DEVICE)[:, :pages]

@@ -60,7 +60,7 @@ def attend(shape: Shape, dtype: torch.dtype, programs: int) -> None:
             k[slot, last:], v[slot, last:] = torch.nan, torch.nan
     n = shape.queries * len(shape.sequences)
     q = torch.randn(n, heads, size + 16).to(dtype).to(DEVICE)[..., 16:]
-    sinks = torch.randn(heads).to(dtype).to(DEVICE) if shape.sinks else None
+    sinks = torch.randn(heads, 2).to(dtype).to(DEVICE)[:, 1] if shape.sinks else None
     gate = torch.randn(n, heads, 2 * value_size).to(dtype).to(DEVICE)[..., value_size:] if shape.gate else None
     out = torch.full((n, heads, value_size), torch.nan, dtype=dtype, device=DEVICE)
     positions = [torch.arange(keys - shape.queries, keys) for _, keys in shape.sequences]

@@ -60,7 +60,7 @@ def test_runs_of_a_batch(name: str, dtype: torch.dtype) -> None:
     v = store((*places, kv_heads, value_size), dtype, shape.bits, shape.group_size)
     n = sum(rows for _, rows, _ in shape.runs) + 1  # and a row of nobody
     q = torch.randn(n, heads, size).to(dtype).to(DEVICE)
-    sinks = torch.randn(heads).to(dtype).to(DEVICE) if shape.sinks else None
+    sinks = torch.randn(heads, 2).to(dtype).to(DEVICE)[:, 1] if shape.sinks else None
     gate = torch.randn(n, heads, 2 * value_size).to(dtype).to(DEVICE)[..., value_size:] if shape.gate else None
     out = torch.full((n, heads, value_size), torch.nan, dtype=dtype, device=DEVICE)
     runs, start = [], 0

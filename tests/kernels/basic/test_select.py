@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from gfxlm import ops
+from gfxlm.device.arch import named
 from gfxlm.kernels.basic.select import select
+from gfxlm.kernels.launch import recording
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,3 +41,11 @@ def test_any_strides() -> None:
 def test_many_rows() -> None:
     x = torch.randn(200_000, 33, device="cuda")
     assert torch.equal(select(x), x.argmax(1))
+
+
+def test_rows_longer_than_indices_count_are_torchs() -> None:
+    with recording(named("gfx1151")) as launches:
+        assert ops.argmax(torch.empty(1 << 31, device="meta")).shape == ()
+        assert not launches
+        ops.argmax(torch.empty((1 << 31) - 1, device="meta"))
+    assert launches

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfxlm.device.arch import named
+from gfxlm.kernels.launch import recording
 from gfxlm.kernels.moe.decode import Shared, expert_mlp_decode, rides
 from gfxlm.kernels.packed import Packed
 from gfxlm.kernels.tuning import override
@@ -143,6 +145,21 @@ def test_strided_rows_and_company_change_no_bit() -> None:
     row = slice(1, 2)
     dense = (x[row, 32:].contiguous(), experts[row], scores[row, ::2].contiguous(), gate_up, down)
     assert torch.equal(together[row], expert_mlp_decode(*dense, residual=base.mT[row].contiguous()))
+
+
+def test_small_indices_are_widened() -> None:
+    """A stack may have more words than 32 bits count, and a kernel multiplies by what it is given."""
+    stack = Packed(*(torch.empty(4, 64, n, dtype=t, device="meta") for n, t in ((8, torch.int32), (1, torch.float32))),
+                   torch.empty(4, 64, 1, device="meta"), 64, 4, "affine")  # fmt: skip
+    down = Packed(*(torch.empty(4, 64, n, dtype=t, device="meta") for n, t in ((4, torch.int32), (1, torch.float32))),
+                  torch.empty(4, 64, 1, device="meta"), 32, 4, "affine")  # fmt: skip
+    experts = torch.empty(1, 2, dtype=torch.int32, device="meta")
+    with recording(named("gfx1151")) as launches:
+        expert_mlp_decode(torch.empty(1, 64, device="meta"), experts, torch.empty(1, 2, device="meta"), stack, down)
+    for launch in launches:
+        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))["p_experts"]
+        assert isinstance(given, Tensor)
+        assert given.dtype == torch.int64
 
 
 def test_no_tokens() -> None:
