@@ -13,7 +13,7 @@ _DISABLED = "GFXLM_NO_GRAPH"
 class Graph:
     """A function without arguments over tensors of fixed address, recorded where the device can do that.
 
-    Where it cannot, `replay` calls the function, and one warning says why. What the function allocates stays where it
+    Where it is not, `replay` calls the function, and one warning says why. What the function allocates stays where it
     was recorded, so its results are found at the same place after every replay. The function is called once before it
     is recorded, because no kernel may be compiled meanwhile.
     """
@@ -25,11 +25,7 @@ class Graph:
         self._recorded: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
-        """Call the function once, and record it."""
-        if reason := _impossible(self._device):
-            if self._device.type == "cuda":
-                _warn(reason)
-            return
+        """Call the function once, and record it. Only where there is a pool."""
         with torch.cuda.device(self._device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -56,14 +52,13 @@ class Graph:
 
 
 def shared_pool(device: torch.device) -> Any:
-    """A memory pool for graphs that never run at the same time, None where nothing is recorded."""
-    return None if _impossible(device) else torch.cuda.graph_pool_handle()
-
-
-def _impossible(device: torch.device) -> str | None:
+    """A memory pool for graphs that never run at the same time, None where nothing is to be recorded."""
     if device.type != "cuda":
-        return f"a {device.type} has no graphs"
-    return f"{_DISABLED} is set" if os.environ.get(_DISABLED) else None
+        return None
+    if os.environ.get(_DISABLED):
+        _warn(f"{_DISABLED} is set")
+        return None
+    return torch.cuda.graph_pool_handle()
 
 
 def _warn(reason: str) -> None:

@@ -48,9 +48,14 @@ def sign_bit(dtype: torch.dtype) -> int:
     return torch.iinfo(_SIGNED[dtype]).min if dtype in _SIGNED else 0
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to follow what is done with these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def kernels_take(*tensors: Tensor | None) -> bool:
     """Whether float kernels can work on these: all lie on a GPU, none is float64, and no gradient is wanted."""
-    given = [t for t in tensors if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if wants_gradient(*tensors):
         return False
+    given = (t for t in tensors if t is not None)
     return all(on_gpu(t) and t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in given)

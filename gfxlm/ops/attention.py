@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfxlm.kernels.attention.store import Store
-from gfxlm.ops._common import check_devices, on_gpu, widen
+from gfxlm.ops._common import check_devices, on_gpu, wants_gradient, widen
 from gfxlm.ops.kv import check_stores, read, some
 from gfxlm.ops.ragged import Slots, Span, check_slots
 
@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
         _check_sinks("scaled_dot_product_attention", sinks, q.shape[1], dtype)
     check_devices("scaled_dot_product_attention", q=q, k=k, v=v, mask=given, sinks=sinks)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if _kernel_takes(q, k, v, scale) and not _wants_gradient(q, k, v, given, sinks):
+    if _kernel_takes(q, k, v, scale) and not wants_gradient(q, k, v, given, sinks):
         from gfxlm.ops.attention_gpu import dense
 
         return dense(q, k, v, scale=scale, causal=causal, mask=given, sinks=sinks)
@@ -216,10 +216,6 @@ def _kernel_takes(q: Tensor, k: Store, v: Store, scale: float) -> bool:
     """Whether our kernels do this."""
     fits = q.dtype in _KERNEL_DTYPES and max(k.shape[3], v.shape[3]) <= _KERNEL_HEAD_SIZE
     return on_gpu(q) and fits and scale > 0
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: Tensor | str | None, dtype: torch.dtype) -> Tensor | None:

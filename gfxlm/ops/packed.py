@@ -1,5 +1,7 @@
 """What is done on a GPU with a quantised matrix: products, and looking up its rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,9 @@ def packed_matmul(x: Tensor, packed: Packed, *, bias: Tensor | None = None, resi
     flat = x.reshape(-1, packed.columns)
     bias = None if bias is None else bias.contiguous()
     flat_residual = None if residual is None else residual.reshape(-1, packed.rows)
-    regime = _regime(flat, packed)
-    if regime == "matvec":
-        from gfxlm.kernels.linear.matvec import matvec as kernel
-    elif regime == "skinny":
-        from gfxlm.kernels.linear.skinny import skinny as kernel
-    else:
-        from gfxlm.kernels.linear.wide import wide as kernel
+    from gfxlm.kernels.linear.wide import wide
+
+    kernel = _for_few_rows(flat, packed) or wide
     return kernel(flat, packed, bias=bias, residual=flat_residual).view(shape)
 
 
@@ -40,15 +38,9 @@ def packed_swiglu(x: Tensor, packed: Packed) -> Tensor:
     if packed.rows % 2:
         raise ValueError(f"w: needs as many rows of gate as of up, got {packed.rows}")
     flat = x.reshape(-1, packed.columns)
-    regime = _regime(flat, packed)
-    if regime == "matvec":
-        from gfxlm.kernels.linear.matvec import matvec_swiglu as kernel
-    elif regime == "skinny":
-        from gfxlm.kernels.linear.skinny import skinny_swiglu as kernel
-    else:
-        gate, up = packed_matmul(flat, packed).chunk(2, dim=-1)
-        return swiglu(gate, up).view(*x.shape[:-1], packed.rows // 2)
-    return kernel(flat, packed).view(*x.shape[:-1], packed.rows // 2)
+    kernel = _for_few_rows(flat, packed)
+    y = swiglu(*packed_matmul(flat, packed).chunk(2, dim=-1)) if kernel is None else kernel(flat, packed, swiglu=True)
+    return y.view(*x.shape[:-1], packed.rows // 2)
 
 
 def packed_rows(indices: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -83,17 +75,18 @@ def packed_gather(x: Tensor, packed: Packed, lhs: Tensor, rhs: Tensor) -> Tensor
     return y.view(*lhs.shape, x.shape[1], packed.rows)
 
 
-def _regime(x: Tensor, packed: Packed) -> str:
-    """Which kernel multiplies x (M, K): "matvec" on the vector units, "skinny" or "wide" on the matrix units."""
-    if not packed.whole_units:  # the other two read units
-        return "wide"
-    from gfxlm.kernels.linear.skinny import skinny_takes
+def _for_few_rows(x: Tensor, packed: Packed) -> Callable[..., Tensor] | None:
+    """The kernel for so few rows x (M, K), on the vector units or the matrix units; None where `wide` is the one."""
+    if not packed.whole_units:  # these two read units
+        return None
+    from gfxlm.kernels.linear.matvec import matvec
+    from gfxlm.kernels.linear.skinny import skinny, skinny_takes
     from gfxlm.kernels.tuning import config
 
     limits = config("linear", x.device, n=packed.rows, skinny=skinny_takes(packed, x.dtype))
     if x.shape[0] <= limits["matvec_rows"]:
-        return "matvec"
-    return "skinny" if x.shape[0] <= limits["skinny_rows"] else "wide"
+        return matvec
+    return skinny if x.shape[0] <= limits["skinny_rows"] else None
 
 
 def _check_matrix(packed: Packed) -> None:

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 
 from gfxlm.kernels.case import Call, Case
-from gfxlm.kernels.linear.matvec import matvec, matvec_swiglu
+from gfxlm.kernels.linear.matvec import matvec
 from gfxlm.kernels.linear.rows import rows
-from gfxlm.kernels.linear.skinny import skinny, skinny_swiglu
+from gfxlm.kernels.linear.skinny import skinny
 from gfxlm.kernels.packed import Packed
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,7 +23,10 @@ _FORMATS: tuple[_Format, ...] = (
     (2, 64, "affine"), (3, 64, "affine"), (4, 32, "affine"), (4, 128, "affine"), (5, 64, "affine"), (6, 64, "affine"),
     (8, 64, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4"), (8, 32, "mxfp8"),
 )  # fmt: skip
-_PRODUCTS = {"matvec": matvec, "matvec_swiglu": matvec_swiglu, "skinny": skinny, "skinny_swiglu": skinny_swiglu}
+_PRODUCTS = {"matvec": matvec, "skinny": skinny} | {
+    "matvec_swiglu": partial(matvec, swiglu=True),
+    "skinny_swiglu": partial(skinny, swiglu=True),
+}
 
 
 def cases() -> list[Case]:

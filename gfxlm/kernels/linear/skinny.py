@@ -125,22 +125,15 @@ def skinny_kernel(
     tl.store(p_y + o_m * n_out + o_n, y.to(p_y.dtype.element_ty), mask=m_y)
 
 
-def skinny(x: Tensor, packed: Packed, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def skinny(
+    x: Tensor, packed: Packed, *, bias: Tensor | None = None, residual: Tensor | None = None, swiglu: bool = False
+) -> Tensor:
     """`x @ w.T + bias + residual`, rounded once, for x (M, K) that `skinny_takes`: (M, N) in x's type.
 
-    bias (N,) and residual (M, N), whose rows may be strided.
+    bias (N,) and residual (M, N), whose rows may be strided. With `swiglu`, whose first N / 2 rows of w give gate and
+    the rest up, `silu(gate) * up`, (M, N / 2).
     """
-    return _skinny(x, packed, packed.rows, bias, residual, swiglu=False)
-
-
-def skinny_swiglu(x: Tensor, packed: Packed) -> Tensor:
-    """`silu(gate) * up`, (M, N / 2), where the first N / 2 rows of w give gate and the rest up."""
-    return _skinny(x, packed, packed.rows // 2, None, None, swiglu=True)
-
-
-def _skinny(
-    x: Tensor, packed: Packed, outputs: int, bias: Tensor | None, residual: Tensor | None, *, swiglu: bool
-) -> Tensor:
+    outputs = packed.rows // 2 if swiglu else packed.rows
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y

@@ -64,3 +64,14 @@ def check(x: Tensor, w: Matrix, y: Tensor, exact: Tensor, *added: Tensor) -> Non
 def swiglu(exact: Tensor) -> Tensor:
     gate, up = exact.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def check_swiglu(x: Tensor, w: Matrix, y: Tensor) -> None:
+    exact, eps = w.product(x), torch.finfo(x.dtype).eps
+    gate, up = exact.chunk(2, -1)
+    d_gate, d_up = (w.bound(x, exact) - eps / 2 * 1.001 * exact.abs()).chunk(2, -1)
+    wanted = swiglu(exact)
+    # The slope of silu is at most 1.1.
+    bound = eps * wanted.abs() + 1.1 * d_gate * up.abs() + d_up * gate.abs() + 1e-7
+    assert y.shape == wanted.shape
+    assert ((y.cpu().double() - wanted).abs() <= bound).all()
