@@ -6,16 +6,16 @@ there and leaves both there, so that the next one can be launched before anybody
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gfxlm.device.arch import architecture
-from gfxlm.device.graph import Graph, shared_pool
+from gfxlm.device.graph import Graph
+from gfxlm.kernels.batch import Span
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
-from gfxlm.ops.ragged import Slots, Span
+from gfxlm.ops.ragged import Slots
 
 
 class StepSampler(Protocol):
@@ -60,31 +60,47 @@ class _Bucket:
 
 
 class DecodeStep:
-    """Runs decode steps over one model, cache and sampler; recorded per number of rows where the device can do that."""
+    """Runs decode steps over one model, cache and sampler; with a pool for recordings, recorded per number of rows."""
 
-    def __init__(self, model: CausalLM, cache: Cache, sampler: StepSampler) -> None:
-        self._model, self._cache, self._sampler = model, cache, sampler
+    def __init__(self, model: CausalLM, cache: Cache, sampler: StepSampler, pool: Any = None) -> None:
+        self._model, self._cache, self._sampler, self._pool = model, cache, sampler, pool
         self._slots = len(cache.lengths)
         device = model.device
         self._last = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
         self._length = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
         self._buckets: dict[int, _Bucket] = {}
-        # Only kernels leave rows of padding alone, which every recording has.
-        self._pool = shared_pool(device) if architecture(device).kernels else None
 
-    def put(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> None:
-        """Say what rows begin with: their last token, which the cache does not hold yet, and the positions it holds."""
-        self._last.index_copy_(0, slots, tokens)
-        self._length.index_copy_(0, slots, lengths)
+    def warm_up(self) -> None:
+        """Record steps for every number of rows, and sampling as it now is."""
+        if self._pool is None:
+            return
+        self._bucket(self._slots)
+        if (key := self._sampler.graph_key) is not None:
+            for bucket in self._buckets.values():
+                self._sampling(bucket, key)
+
+    def begin(self, slots: Sequence[int], hidden: Tensor, positions: Tensor) -> Sampled:
+        """Launch the sampling of the first tokens of these slots: hidden (R, D) and positions (R,) end their prompts.
+
+        From here on `run` can go on with them. Waits for nothing.
+        """
+        bucket = self._bucket(len(slots))
+        self._fill(bucket, tuple(slots))
+        bucket.logits[: len(slots)].copy_(self._model.logits(hidden))
+        bucket.positions[: len(slots)].copy_(positions)
+        return self._sampled(bucket)
 
     def run(self, slots: Sequence[int]) -> Sampled:
         """Launch one step for these slots. Waits for nothing."""
         bucket = self._bucket(len(slots))
         self._fill(bucket, tuple(slots))
         bucket.forward.replay()
+        return self._sampled(bucket)
+
+    def _sampled(self, bucket: _Bucket) -> Sampled:
         key = self._sampler.graph_key
         if key is None:
-            self._sample(bucket, key, len(slots))  # nobody from outside is shown padding
+            self._sample(bucket, key, len(bucket.filled))  # nobody from outside is shown padding
         else:
             self._sampling(bucket, key).replay()
         return self._send(bucket, key)
@@ -158,7 +174,8 @@ class DecodeStep:
         tokens, bucket.logprobs[key] = self._sampler.sample(bucket.logits[:rows], places, positions)
         bucket.tokens[:rows].copy_(tokens)
         # A row whose logits were not finite is over; its successor must only be a token that exists.
-        self.put(places, tokens.clamp(min=0), positions + 1)
+        self._last.index_copy_(0, places, tokens.clamp(min=0))
+        self._length.index_copy_(0, places, positions + 1)
 
     @staticmethod
     def _send(bucket: _Bucket, key: Hashable) -> Sampled:

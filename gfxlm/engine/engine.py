@@ -8,15 +8,17 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from gfxlm.device.arch import architecture
+from gfxlm.device.graph import shared_pool
 from gfxlm.device.threads import single_thread
 from gfxlm.engine.decode import DecodeStep, Sampled, StepSampler
 from gfxlm.engine.diagnose import first_nan_module
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.prefill import Fed, PrefillStep
 from gfxlm.engine.sampler import Sampler
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
-from gfxlm.ops.ragged import Slots, ragged
 
 # A step of this few rows over this few bytes of weights is done before other threads are awake.
 _FEW_ROWS = 8
@@ -68,7 +70,8 @@ class Engine:
 
     `max_batch` requests run at once, each with up to `max_context` positions; the others wait in the order they came.
     A `cache` from outside is continued: a request begins with what its slot holds, and leaves its own tokens there.
-    With `overlap`, the default on a GPU, a decode step is launched before the tokens of the one before it are read.
+    With `overlap`, the default on a GPU, prompts are fed beside the decode steps, not in them, and a decode step is
+    launched before the tokens of the one before it are read.
     """
 
     def __init__(
@@ -93,7 +96,10 @@ class Engine:
         # One slot more: rows that pad a batch are sampled there.
         self.sampler = sampler or Sampler(len(self.cache.lengths) + 1, model.config.vocab_size, model.device)
         overlap = model.device.type != "cpu" if overlap is None else overlap
-        self._decode_step = DecodeStep(model, self.cache, self.sampler) if overlap else None
+        # Only kernels leave rows of padding alone, which every recording has.
+        pool = shared_pool(model.device) if overlap and architecture(model.device).kernels else None
+        self._prefill_step = PrefillStep(model, self.cache, prefill_step_size, pool)
+        self._decode_step = DecodeStep(model, self.cache, self.sampler, pool) if overlap else None
         self._launched: _Launched | None = None
         self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
         self._free = deque(range(len(self.cache.lengths)))
@@ -136,6 +142,13 @@ class Engine:
         return bool(self._waiting) or any(request.prefilled < len(request.prompt) for request in self._running)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record what will be replayed, and compile what it needs, before the first request instead of during it."""
+        self._prefill_step.warm_up()
+        if self._decode_step is not None:
+            self._decode_step.warm_up()
+
+    @torch.inference_mode()
     def finish(self, request: Request) -> None:
         """End a request that waits or runs, as if it had stopped by itself."""
         request.finish_reason = "stop"
@@ -148,31 +161,43 @@ class Engine:
     def step(self) -> list[Request]:
         """Run the model once over everything that is due; returns the requests that got a token or failed."""
         self._admit()
-        if self._decode_step is not None and not self.prefilling:
+        if self._decode_step is not None:
             return self._overlapped_step(self._decode_step)
-        if self._launched is not None:  # its tokens must be known before their requests go on in another way
-            launched, self._launched = self._launched, None
-            return self._read(launched)
-        work = self._plan()
+        work = self._plan(self._running)
         if not work:
             return []
         with single_thread(self._small and sum(count for _, count in work) <= _FEW_ROWS):
-            return self._run(work)
+            ready, rows, fed = self._feed(work)
+            if ready:
+                self._take_tokens(ready, *fed.at(rows))
+        return ready
 
     def _overlapped_step(self, decode_step: DecodeStep) -> list[Request]:
-        """Launch the next decode step, then read the one before."""
+        """Launch a chunk of the prompts that wait and the next decode step, then read the decode step before."""
+        begun = self._begin(decode_step)
         current = self._launched or self._launch(decode_step)
-        if current is None:
-            return []
-        self._launched = current
-        # A sampler on the host has to see this step's tokens first.
-        self._launched = None if self.sampler.graph_key is None else self._launch(decode_step)
-        return self._read(current)
+        if current is not None:
+            self._launched = current
+            # A sampler on the host has to see this step's tokens first.
+            self._launched = None if self.sampler.graph_key is None else self._launch(decode_step)
+        return [*(self._read(begun) if begun else ()), *(self._read(current) if current else ())]
+
+    def _begin(self, decode_step: DecodeStep) -> "_Launched | None":
+        """Feed a chunk; the first tokens of the requests whose prompts it ends."""
+        work = self._plan([request for request in self._running if request.prefilled < len(request.prompt)])
+        if not work:
+            return None
+        ready, rows, fed = self._feed(work)
+        if not ready:
+            return None
+        hidden, positions, _ = fed.at(rows)
+        sampled = decode_step.begin([request.slot for request in ready], hidden, positions)
+        return _Launched({request: self._at_limit(request, 1) for request in ready}, sampled)
 
     def _launch(self, decode_step: DecodeStep) -> "_Launched | None":
-        """One decode step of all that run, but for those of which it is known that the step before ends them."""
+        """One decode step of all that decode, but for those of which it is known that the step before ends them."""
         before = self._launched.ends if self._launched else {}
-        requests = [request for request in self._running if not before.get(request)]
+        requests = [request for request in self._running if request.tokens and not before.get(request)]
         if not requests:
             return None
         slots = [request.slot for request in requests]
@@ -193,20 +218,17 @@ class Engine:
                 self._accept(request, tokens[row], None if logprobs is None else logprobs[row], ends)
         return running
 
-    def _run(self, work: list[tuple[Request, int]]) -> list[Request]:
+    def _feed(self, work: list[tuple[Request, int]]) -> tuple[list[Request], list[int], Fed]:
+        """Give the model so many tokens of each request; those who then wait for a token, and their last rows."""
         tokens = [token for request, count in work for token in request.pending[:count]]
-        slots = [request.slot for request, _ in work]
-        hidden, positions, places = self._forward(tokens, slots, [count for _, count in work])
+        fed = self._prefill_step.run(tokens, [request.slot for request, _ in work], [count for _, count in work])
         ready, rows = [], []
-        for (request, count), span in zip(work, places.spans, strict=True):
+        for (request, count), span in zip(work, fed.spans, strict=True):
             request.prefilled = min(request.prefilled + count, len(request.prompt))
             if request.prefilled == len(request.prompt):
                 ready.append(request)
                 rows.append(span.stop - 1)
-        if ready:
-            last = torch.tensor(rows, device=self.model.device)
-            self._take_tokens(ready, hidden[last], places.index[last], positions[last])
-        return ready
+        return ready, rows, fed
 
     def _admit(self) -> None:
         while self._waiting and self._free:
@@ -217,10 +239,10 @@ class Engine:
             request.slot = slot
             self._running.append(request)
 
-    def _plan(self) -> list[tuple[Request, int]]:
-        """How many tokens each running request feeds this step; prompts share a budget."""
+    def _plan(self, requests: Sequence[Request]) -> list[tuple[Request, int]]:
+        """How many tokens each of the requests feeds this step; prompts share a budget."""
         work, budget = [], self.prefill_step_size
-        for request in self._running:
+        for request in requests:
             decoding = request.prefilled == len(request.prompt)
             count = 1 if decoding else min(len(request.pending), budget)
             budget -= 0 if decoding else count
@@ -228,19 +250,8 @@ class Engine:
                 work.append((request, count))
         return work
 
-    def _forward(self, tokens: list[int], slots: list[int], counts: list[int]) -> tuple[Tensor, Tensor, Slots]:
-        """Run the model over `counts[i]` tokens for `slots[i]`, and count them as cached."""
-        device = self.model.device
-        positions, places = ragged(slots, counts, [self.cache.lengths[slot] for slot in slots], device)
-        hidden = self.model.forward(torch.tensor(tokens, device=device), positions, places, self.cache)
-        for span in places.spans:
-            self.cache.lengths[span.slot] = span.context
-        return hidden, positions, places
-
-    def _take_tokens(self, requests: list[Request], hidden: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def _take_tokens(self, requests: list[Request], hidden: Tensor, positions: Tensor, slots: Tensor) -> None:
         tokens, logprobs = self.sampler.sample(self.model.logits(hidden), slots, positions)
-        if self._decode_step is not None:
-            self._decode_step.put(slots, tokens.clamp(min=0), positions + 1)
         for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
             ends = self._at_limit(request, len(request.tokens) + 1)
             self._accept(request, token, None if logprobs is None else logprobs[row], ends)
@@ -278,7 +289,7 @@ class Engine:
         fed = self._launched is not None and request in self._launched.ends
         if continued and fits and request.tokens and request.error is None and not fed:
             # Whoever goes on from this cache expects the last token in it.
-            self._forward(request.tokens[-1:], [slot], [1])
+            self._prefill_step.run(request.tokens[-1:], [slot], [1])
         if request.keep_cache:
             request.cache = self.model.make_cache(1, self.cache.max_context)
             request.cache.copy_slot(0, self.cache, slot)

@@ -1,5 +1,6 @@
 """The public operations, with MLX's names and meaning, on torch tensors."""
 
+from gfxlm.kernels.batch import Span
 from gfxlm.ops.activation import softmax, swiglu
 from gfxlm.ops.attention import cached_attention, scaled_dot_product_attention
 from gfxlm.ops.compile import CompileError, compile
@@ -10,7 +11,7 @@ from gfxlm.ops.indexing import slice_update
 from gfxlm.ops.moe import expert_mlp, route
 from gfxlm.ops.normalization import add_rms_norm, gated_rms_norm, l2_normalize, layer_norm, rms_norm
 from gfxlm.ops.quantized import dequantize, gather_mm, gather_qmm, quantize, quantized_matmul
-from gfxlm.ops.ragged import Slots, Span, ragged
+from gfxlm.ops.ragged import Slots, ragged
 from gfxlm.ops.rotary import rope, rope_angles, rotate
 from gfxlm.ops.sorting import argmax, argmin, argsort, sort, topk
 

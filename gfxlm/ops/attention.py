@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfxlm.kernels.attention.store import Store
+from gfxlm.kernels.batch import Span
 from gfxlm.ops._common import check_devices, on_gpu, wants_gradient, widen
 from gfxlm.ops.kv import check_stores, read, some
-from gfxlm.ops.ragged import Slots, Span, check_slots
+from gfxlm.ops.ragged import Slots, check_slots
 
 # Up to this many query rows, the query heads that share a key head are laid out as rows of one head: the CPU
 # kernel then reads each key once, which is worth a factor of up to 16 for one row, and nothing from 32 on.

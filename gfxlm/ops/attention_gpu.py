@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gfxlm.kernels.attention.decode import MAX_QUERIES, decode
 from gfxlm.kernels.attention.prefill import prefill
 from gfxlm.kernels.attention.store import Store
+from gfxlm.kernels.batch import Batch, Span, batch_of
 from gfxlm.kernels.launch import is_recording
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.tuning import config
-from gfxlm.ops.ragged import Slots, Span
+from gfxlm.ops.ragged import Slots
 
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Kernels count a head's distance from the first in 32 bits.
@@ -41,9 +42,9 @@ def dense(
         positions = torch.full((batch,), keys - 1, device=q.device)
         decode(q[:, 0], k, v, out[:, 0], positions, torch.arange(batch, device=q.device), scale=scale, sinks=sinks)
     else:
-        runs = [(slot, 0, rows, keys) for slot in range(batch)]
+        spans = tuple(Span(slot, 0, rows, keys) for slot in range(batch))
         mask = None if mask is None else mask.expand(batch, heads, rows, keys)
-        prefill(q, k, v, out, runs, scale=scale, causal=causal, mask=mask, sinks=sinks)
+        prefill(q, k, v, out, batch_of(spans, q.device), scale=scale, causal=causal, mask=mask, sinks=sinks)
     return out.transpose(1, 2)
 
 
@@ -77,16 +78,27 @@ def cached(
     """`cached_attention` of checked arguments.
 
     Sequences of few rows are decoded: their lengths come from `positions`. The spans of all others say their lengths.
+    In a batch that is recorded nobody knows which are which, and one kernel takes all.
     """
     q = adjacent(q)
     gate = None if gate is None else adjacent(gate)
-    spans = [span for span in slots.spans if span.stop > span.start]
-    covered = sum(span.stop - span.start for span in spans) == q.shape[0]
+
+    def prefilled(batch: Batch) -> None:
+        prefill(
+            q[None], k_cache, v_cache, out[None], batch, scale=scale, window=window, sinks=sinks, gate=gate, pages=pages
+        )
+
+    if slots.batch is not None:
+        out = torch.empty(q.shape[0], q.shape[1], v_cache.shape[3], dtype=q.dtype, device=q.device)
+        prefilled(slots.batch)
+        return out
+    spans = [span for span in slots.spans if span.rows]
+    covered = sum(span.rows for span in spans) == q.shape[0]
     allocate = torch.empty if covered else torch.zeros
     out = allocate(q.shape[0], q.shape[1], v_cache.shape[3], dtype=q.dtype, device=q.device)
     long: list[Span] = []
     for run in _alike(spans):
-        queries, rows = run[0].stop - run[0].start, slice(run[0].start, run[-1].stop)
+        queries, rows = run[0].rows, slice(run[0].start, run[-1].stop)
         if queries > MAX_QUERIES:
             long += run
             continue
@@ -96,14 +108,13 @@ def cached(
         )  # fmt: skip
     rest = []
     for span in long:
-        rows = slice(span.start, span.stop)
-        count = span.stop - span.start
+        rows, count = slice(span.start, span.stop), span.rows
         backend = None
         if isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor) and sinks is None and pages is None:
             whole = count == span.context and (window is None or window >= count)
             backend = _of_torch(q, v_cache, count) if whole else None
         if backend is None:
-            rest.append((span.slot, span.start, count, span.context))
+            rest.append(span)
             continue
         assert isinstance(k_cache, Tensor)
         assert isinstance(v_cache, Tensor)
@@ -111,7 +122,7 @@ def cached(
         heads_first = [x.transpose(0, 1)[None] for x in given]
         one = _torch_attention(*heads_first, scale=scale, causal=True, backend=backend)[0].transpose(0, 1)
         out[rows] = one if gate is None else one.float() * torch.sigmoid(gate[rows].float())
-    prefill(q[None], k_cache, v_cache, out[None], rest, scale=scale, window=window, sinks=sinks, gate=gate, pages=pages)
+    prefilled(batch_of(tuple(rest), q.device))
     return out
 
 
@@ -120,7 +131,7 @@ def _alike(spans: Sequence[Span]) -> list[list[Span]]:
     starts = [0]
     for i in range(1, len(spans)):
         last, span = spans[i - 1], spans[i]
-        if last.stop != span.start or last.stop - last.start != span.stop - span.start:
+        if last.stop != span.start or last.rows != span.rows:
             starts.append(i)
     return [list(spans[a:b]) for a, b in zip(starts, [*starts[1:], len(spans)], strict=True) if b > a]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gfxlm.kernels.batch import Batch, Span, batch_of
 from gfxlm.ops._common import check_devices, on_gpu, widen
 
 _CHUNK = 64
@@ -81,12 +82,12 @@ def _on_gpu(
 ) -> tuple[Tensor, Tensor]:
     if mask is not None:
         q, k, v, gamma, beta = _skip(q, k, v, gamma, beta, mask != 0)
-    batch, length = q.shape[:2]
-    bounds = tuple((row, row + length) for row in range(0, batch * length, length))
+    sequences, length = q.shape[:2]
+    spans = tuple(Span(i, i * length, (i + 1) * length, length) for i in range(sequences))
     q, k, v, gamma, beta = (x.flatten(0, 1).contiguous() for x in (q, k, v, gamma, beta))
     state = state.clone(memory_format=torch.contiguous_format)
-    y = rule_over_rows(q, k, v, gamma, beta, state, bounds, dtype)
-    return y.unflatten(0, (batch, length)), state
+    y = rule_over_rows(q, k, v, gamma, beta, state, batch_of(spans, q.device), dtype)
+    return y.unflatten(0, (sequences, length)), state
 
 
 def rule_over_rows(
@@ -96,24 +97,23 @@ def rule_over_rows(
     gamma: Tensor,
     beta: Tensor,
     state: Tensor,
-    bounds: tuple[tuple[int, int], ...],
+    batch: Batch,
     dtype: torch.dtype,
     slots: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
     """The rule on a GPU over sequences laid end to end: y (N, Hv, Dv), `state` updated in place.
 
-    q and k are (N, Hk, Dk), v (N, Hv, Dv); `bounds` are each sequence's first row and the one behind its last.
-    Sequence i has slot i of `state`, or the one that `slots` (N,) names; with `positions` (N,), one that starts at 0
-    starts from zeros.
+    q and k are (N, Hk, Dk), v (N, Hv, Dv), whose rows are the `batch`'s. Sequence i has slot i of `state`, or the one
+    that `slots` (N,) names; with `positions` (N,), one that starts at 0 starts from zeros.
     """
     from gfxlm.kernels.delta.chunks import delta_chunked
     from gfxlm.kernels.delta.recurrent import delta_recurrent
 
     alike = q.dtype == k.dtype == v.dtype == dtype
-    if alike and dtype.itemsize == 2 and gamma.ndim == 2 and q.shape[2] <= 128 and len(bounds) < len(q):
-        return delta_chunked(q, k, v, gamma.float(), beta.float(), state, bounds, slots, positions)
-    return delta_recurrent(q, k, v, gamma, beta, state, bounds, dtype, slots, positions)
+    if alike and dtype.itemsize == 2 and gamma.ndim == 2 and q.shape[2] <= 128 and batch.sequences < len(q):
+        return delta_chunked(q, k, v, gamma.float(), beta.float(), state, batch, slots, positions)
+    return delta_recurrent(q, k, v, gamma, beta, state, batch, dtype, slots, positions)
 
 
 def gated_delta_recurrent(

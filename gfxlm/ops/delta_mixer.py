@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfxlm.kernels.batch import Span, batch_of
 from gfxlm.ops._common import check_devices, on_gpu
 from gfxlm.ops.convolution import causal_conv1d
 from gfxlm.ops.delta import decay, gated_delta_update, rule_over_rows
@@ -52,8 +53,8 @@ def gated_delta_mixer(
     qkvz (N, 2 Hk Dk + 2 Hv Dv) and ba (N, 2 Hv) are grouped by key head: [q | k | v of its value heads | their z] and
     [b | a]; beta = sigmoid(b), and gamma is `decay` of a. Sequences continue what their slots hold, and one that starts
     at position 0 starts from nothing: conv (slots, taps, C) has the input of position p at p % taps, state is fp32
-    (slots, Hv, Dv, Dk), both updated in place. In a batch of one row a sequence, a row whose slot is negative and
-    that no span has is padding: it gives zeros and touches no slot.
+    (slots, Hv, Dv, Dk), both updated in place. A row whose slot is negative is padding and touches no slot; in a
+    batch of one row a sequence, where no span has it, it gives zeros.
 
     The result has qkvz's type. ValueError if a shape or type does not fit.
     """
@@ -63,9 +64,9 @@ def gated_delta_mixer(
         "gated_delta_mixer", qkvz=qkvz, ba=ba, conv_weight=weights.conv, A_log=weights.A_log, dt_bias=weights.dt_bias,
         norm=weights.norm, positions=positions, index=slots.index, conv=conv, state=state,
     )  # fmt: skip
-    bounds = tuple((span.start, span.stop) for span in slots.spans if span.stop > span.start)
-    single = all(stop - start == 1 for start, stop in bounds)
-    _check_bounds(bounds, len(qkvz), single)
+    spans = tuple(span for span in slots.spans if span.rows)
+    single = slots.batch is None and all(span.rows == 1 for span in spans)
+    _check_spans(spans, len(qkvz), single or slots.batch is not None)
     if on_gpu(qkvz) and torch.float64 not in (qkvz.dtype, state.dtype):
         run = _step_on_gpu if single else _prefill_on_gpu
         return run(qkvz, ba, weights, positions, slots, conv, state)
@@ -93,7 +94,7 @@ def _rows(
     inputs: list[Tensor], weights: DeltaWeights, positions: Tensor, slots: Slots, conv: Tensor, state: Tensor
 ) -> Tensor:
     """One token a sequence: the batch is the sequences. Rows of padding, which no span has, are left out."""
-    rows = [span.start for span in slots.spans if span.stop > span.start]
+    rows = [span.start for span in slots.spans if span.rows]
     if len(rows) == len(positions):
         return _mix([t[:, None] for t in inputs], weights, positions, slots.index, conv, state)[:, 0]
     inputs = [t[rows][:, None] for t in inputs]
@@ -108,7 +109,7 @@ def _sequences(
 ) -> Tensor:
     outputs = []
     for span in slots.spans:
-        if span.stop > span.start:
+        if span.rows:
             first = slice(span.start, span.start + 1)
             sequence = [t[None, span.start : span.stop] for t in inputs]
             outputs.append(_mix(sequence, weights, positions[first], slots.index[first], conv, state)[0])
@@ -166,7 +167,7 @@ def _prefill_on_gpu(
 ) -> Tensor:
     from gfxlm.kernels.delta.prepare import gated_norm, prepare
 
-    bounds = tuple((span.start, span.stop) for span in slots.spans if span.stop > span.start)
+    batch = slots.batch or batch_of(slots.spans, qkvz.device)
     k_heads, k_dim, v_dim = weights.k_heads, weights.k_dim, weights.v_dim
     qkv, gamma, beta = prepare(
         qkvz,
@@ -179,18 +180,19 @@ def _prefill_on_gpu(
         positions,
         slots.index,
         conv,
-        bounds,
+        batch,
     )
     parts = qkv.split([k_heads * k_dim, k_heads * k_dim, weights.v_heads * v_dim], dim=-1)
     q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in zip(parts, (k_dim, k_dim, v_dim), strict=True))
-    y = rule_over_rows(q, k, v, gamma, beta, state, bounds, qkvz.dtype, slots.index, positions)
+    y = rule_over_rows(q, k, v, gamma, beta, state, batch, qkvz.dtype, slots.index, positions)
     return gated_norm(y, qkvz, weights.norm, weights.eps, k_heads, k_dim)
 
 
-def _check_bounds(bounds: tuple[tuple[int, int], ...], rows: int, single: bool) -> None:
-    inside = all(start >= 0 and stop <= rows for start, stop in bounds)
-    if not inside or (not single and sum(stop - start for start, stop in bounds) != rows):
-        raise ValueError(f"gated_delta_mixer: spans {list(bounds)} do not make up the {rows} rows of qkvz")
+def _check_spans(spans: tuple[Span, ...], rows: int, padded: bool) -> None:
+    inside = all(span.start >= 0 and span.stop <= rows for span in spans)
+    if not inside or (not padded and sum(span.rows for span in spans) != rows):
+        bounds = [(span.start, span.stop) for span in spans]
+        raise ValueError(f"gated_delta_mixer: spans {bounds} do not make up the {rows} rows of qkvz")
 
 
 def _check(qkvz: Tensor, ba: Tensor, weights: DeltaWeights, conv: Tensor, state: Tensor) -> None:

@@ -6,19 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One sequence's tokens in a flattened batch, in plain host integers.
-
-    `start:stop` are its rows in the batch, `slot` is its place in every cache, and `context` is how many
-    positions it has once these rows are in, so the rows sit at positions `context - (stop - start)` onwards.
-    """
-
-    slot: int
-    start: int
-    stop: int
-    context: int
+from gfxlm.kernels.batch import Batch, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +14,13 @@ class Slots:
     """Which cache slot every row of a flattened batch belongs to.
 
     `index` is the slot of each row, on the device, int64 (N,). `spans` says the same once more in host integers,
-    which the scheduler knows anyway: nobody ever reads `index` back.
+    which the scheduler knows anyway: nobody ever reads `index` back. With a `batch` there are no spans: kernels find in
+    its tables what the batch is at the time, and a row with a negative slot is padding.
     """
 
     index: Tensor
     spans: tuple[Span, ...]
+    batch: Batch | None = None
 
 
 def check_slots(op: str, rows: int, positions: Tensor, slots: Slots) -> None:

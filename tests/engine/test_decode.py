@@ -123,10 +123,9 @@ def test_log_probabilities_are_those_of_the_recording_that_ran(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "Graph", Recorded)
-    monkeypatch.setattr(decode, "shared_pool", lambda device: object())
     monkeypatch.setattr(DecodeStep, "_forward", lambda self, bucket: None)
     sampler = ByKey()
-    step = DecodeStep(model, model.make_cache(1, 8), sampler)
+    step = DecodeStep(model, model.make_cache(1, 8), sampler, pool=object())
     for key, value in [("ones", 1), ("none", None), ("ones", 1), ("twos", 2), ("ones", 1), ("none", None)]:
         sampler.graph_key = key
         logprobs = step.run([0]).logprobs

@@ -3,8 +3,9 @@
 A program's rows are the heads of one key head at neighbouring positions, so that few positions fill a tile too.
 """
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import triton
@@ -13,12 +14,36 @@ from torch import Tensor
 
 from gfxlm.kernels.attention.store import Store, facts, strides
 from gfxlm.kernels.attention.walk import begin, gated, load_query, walk
+from gfxlm.kernels.batch import Batch, Span
 from gfxlm.kernels.launch import launch
-from gfxlm.kernels.sizes import next_power_of_2
+from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
 
-# Of one sequence: its slot, its first row, its number of rows, and how many keys its last row may see.
-Run = tuple[int, int, int, int]
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The sequences cut into tiles of `size` positions; if causal, those with the most keys first.
+
+    An entry is a slot, its first row, rows, the position of the first row, and keys.
+    """
+
+    size: int
+    causal: bool
+    columns: ClassVar[int] = 5
+
+    def entries(self, spans: Sequence[Span]) -> list[tuple[int, ...]]:
+        """As `Table` says."""
+        tiles: list[tuple[int, ...]] = []
+        for span in spans:
+            slot, context = (span.slot, span.context) if span.slot >= 0 else (0, 0)
+            for start in range(0, span.rows, self.size):
+                rows = min(self.size, span.rows - start)
+                tiles.append((slot, span.start + start, rows, context - span.rows + start, context))
+        return sorted(tiles, key=lambda tile: -tile[3]) if self.causal else tiles
+
+    def most(self, rows: int, spans: int) -> int:
+        """As `Table` says."""
+        return cdiv(rows, self.size) + spans
 
 
 @triton.jit
@@ -29,7 +54,7 @@ def prefill_kernel(
     p_k_pairs,
     p_v_pairs,
     p_out,
-    p_tiles,  # int32 (n_tiles, 5): slot, first row, rows, position of the first row, keys
+    p_tiles,  # int32 (n_tiles, 5)
     p_pages,
     p_mask,
     p_sinks,
@@ -145,7 +170,7 @@ def prefill(
     k: Store,
     v: Store,
     out: Tensor,
-    runs: Sequence[Run],
+    batch: Batch,
     *,
     scale: float,
     causal: bool = True,
@@ -155,16 +180,16 @@ def prefill(
     gate: Tensor | None = None,
     pages: Tensor | None = None,
 ) -> None:
-    """Write the attention of all runs' rows into `out`.
+    """Write the attention of all of a batch's rows into `out`.
 
     q is (slots or 1, rows, Hq, D) and out (slots or 1, rows, Hq, DV): where there is one for all slots, rows are those
-    of a flattened batch. k and v are (slots, keys, Hkv, D or DV), or with `pages`, int32 (slots, n), k and v are
-    (pages, page size, ...). mask is 4-D and expanded to (slots, Hq, rows, keys): boolean, or added. sinks is (Hq,) and
-    gate (rows, Hq, DV). The features of all lie side by side; scale is positive. The last row of a run sees `keys` of
-    it, the row before one less if causal; a row that sees nothing gives zeros.
+    of a flattened batch, otherwise a span's are those of its slot. k and v are (slots, keys, Hkv, D or DV), or with
+    `pages`, int32 (slots, n), (pages, page size, ...). mask is 4-D and expanded to (slots, Hq, rows, keys): boolean,
+    or added. sinks is (Hq,) and gate (rows, Hq, DV). The features of all lie side by side; scale is positive. The last
+    row of a span sees all of its context, the row before one less if causal; a row that sees nothing gives zeros, and
+    so does padding.
     """
-    longest = max((rows for _, _, rows, _ in runs), default=0)
-    if longest == 0:
+    if batch.longest == 0:
         return
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     # Heads beyond 16 to a key head, or a number of them that has no such divisor, are tiles of their own.
@@ -174,13 +199,13 @@ def prefill(
         "attention_prefill",
         q.device,
         head_size=max(q.shape[3], v.shape[3]),
-        rows=longest * pack,
+        rows=batch.longest * pack,
         bits=bits,
         masked=mask is not None,
         dtype=str(q.dtype)[6:],
     )
     block_m = sizes["BLOCK_M"]
-    tiles = _tiles(tuple(runs), block_m // pack, causal, q.device)
+    tiles = batch.table(Tiles(block_m // pack, causal))
     mask_kind = "none" if mask is None else "shown" if mask.dtype == torch.bool else "added"
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
@@ -218,16 +243,3 @@ def prefill(
 
 def _slot_strides(x: Tensor) -> tuple[int, ...]:
     return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:3])
-
-
-@functools.lru_cache(maxsize=8)
-def _tiles(runs: tuple[Run, ...], size: int, causal: bool, device: torch.device) -> Tensor:
-    """The runs cut into tiles of `size` positions, those with the most keys first: every layer asks for the same."""
-    tiles = [
-        (slot, row + start, min(size, rows - start), context - rows + start, context)
-        for slot, row, rows, context in runs
-        for start in range(0, rows, size)
-    ]
-    if causal:
-        tiles.sort(key=lambda tile: -tile[3])
-    return torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 5)

@@ -11,6 +11,7 @@ from gfxlm.kernels.attention.decode import decode
 from gfxlm.kernels.attention.prefill import prefill
 from gfxlm.kernels.attention.store import Quantized, Store, row_bytes
 from gfxlm.kernels.attention.write import write
+from gfxlm.kernels.batch import Span, batch_of
 from gfxlm.kernels.case import Call, Case
 
 _BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
@@ -137,8 +138,9 @@ def _make_prefill(model: _Model, kind: _Kind, rows: int, device: torch.device) -
     if kind.mask is not None:
         mask = (torch.rand(1, 1, rows, rows, device=device) - 0.5).to(kind.mask).expand(1, model.heads, rows, rows)
     return partial(
-        prefill, q.contiguous()[None], keys, values, out, [(0, 0, rows, rows)], scale=model.size**-0.5,
-        causal=mask is None, window=kind.window, mask=mask, sinks=_sinks(model, kind, device), gate=gate, pages=pages,
+        prefill, q.contiguous()[None], keys, values, out, batch_of((Span(0, 0, rows, rows),), device),
+        scale=model.size**-0.5, causal=mask is None, window=kind.window, mask=mask,
+        sinks=_sinks(model, kind, device), gate=gate, pages=pages,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gfxlm.kernels.batch import Span, batch_of
 from gfxlm.kernels.case import Call, Case
 from gfxlm.kernels.delta.chunks import delta_chunked
 from gfxlm.kernels.delta.convolution import convolution
@@ -97,8 +98,8 @@ def _prepare(net: _Net, length: int) -> Case:
         conv, A_log, dt_bias = _parameters(net, _HALF, device)
         positions, slots = torch.arange(length, device=device), torch.zeros(length, dtype=torch.int64, device=device)
         ring, _ = _caches(net, 1, _HALF, device)
-        bounds = ((0, length),)
-        return lambda: prepare(qkvz, ba, conv, A_log, dt_bias, net.k_heads, net.v_dim, positions, slots, ring, bounds)
+        batch = batch_of((Span(0, 0, length, length),), device)
+        return lambda: prepare(qkvz, ba, conv, A_log, dt_bias, net.k_heads, net.v_dim, positions, slots, ring, batch)
 
     return Case(f"delta_prepare/{net.name}/t{length}", make, 4 * length * net.channels)
 
@@ -118,7 +119,7 @@ def _inputs(
 def _rule(net: _Net, length: int, dtype: torch.dtype = _HALF, *, headline: bool = False) -> Case:
     def make(device: torch.device) -> Call:
         q, k, v, gamma, beta, state = _inputs(net, length, dtype, device)
-        return lambda: delta_chunked(q, k, v, gamma, beta, state, ((0, length),))
+        return lambda: delta_chunked(q, k, v, gamma, beta, state, batch_of((Span(0, 0, length, length),), device))
 
     # With chunks of C: K Kᵀ, Q Kᵀ and A T; T V, A T V, T K, A T K; and two products with the state and its update.
     products = 64 * (2 * net.k_dim + 64 + 2 * net.v_dim + 2 * net.k_dim) + 3 * net.k_dim * net.v_dim
@@ -141,7 +142,8 @@ def _recurrent(net: _Net, length: int, dtype: torch.dtype, *, per_feature: bool 
         q, k, v, gamma, beta, state = _inputs(net, length, dtype, device)
         if per_feature:
             gamma = gamma[..., None].repeat(1, 1, net.k_dim)
-        return lambda: delta_recurrent(q, k, v, gamma, beta, state, ((0, length),), dtype)
+        batch = batch_of((Span(0, 0, length, length),), device)
+        return lambda: delta_recurrent(q, k, v, gamma, beta, state, batch, dtype)
 
     kind = "feature" if per_feature else "head"
     return Case(f"delta_recurrent/{net.name}/{_named(dtype)}/{kind}", make, 2 * net.state_bytes)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.batch import Batch
 from gfxlm.kernels.delta.local import chunk_local_kernel
-from gfxlm.kernels.delta.rows import CHUNK, Bounds, chunk_table, span_table
+from gfxlm.kernels.delta.rows import CHUNK, Chunks, Sequences
 from gfxlm.kernels.delta.tables import tuned
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
@@ -45,7 +46,7 @@ def chunk_walk_kernel(
     first = tl.load(p_spans + 2 * i_span)
     stop = tl.load(p_spans + 2 * i_span + 1)
     slot = i_span.to(tl.int64) if p_slots is None else tl.load(p_slots + first)
-    kept = tl.where(slot >= 0, v_dim, 0)  # of the state's rows: none where the slot is padding
+    kept = tl.where((slot >= 0) & (stop > first), v_dim, 0)  # of the state's rows: none where all is padding
     carried = kept if p_positions is None else tl.where(tl.load(p_positions + first) > 0, kept, 0)
     dtype: tl.constexpr = p_y.dtype.element_ty
     o_t = tl.arange(0, CHUNK)
@@ -87,7 +88,7 @@ def delta_chunked(
     gamma: Tensor,
     beta: Tensor,
     state: Tensor,
-    bounds: Bounds,
+    batch: Batch,
     slots: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
@@ -100,7 +101,7 @@ def delta_chunked(
     w, r = torch.empty(2, rows, v_heads, k_dim, dtype=v.dtype, device=device).unbind()
     u, y = torch.empty(2, rows, v_heads, v_dim, dtype=v.dtype, device=device).unbind()
     log = torch.empty(rows, v_heads, device=device)
-    chunks = chunk_table(bounds, device)
+    chunks = batch.table(Chunks())
     sizes = {"ratio": v_heads // q.shape[1], "k_dim": k_dim, "v_dim": v_dim, "v_heads": v_heads, "CHUNK": CHUNK}
     constants, options = tuned("delta_local", device, k_dim=k_dim, v_dim=v_dim)
     launch(
@@ -116,8 +117,8 @@ def delta_chunked(
     constants, options = tuned("delta_walk", device, k_dim=k_dim, v_dim=v_dim)
     launch(
         chunk_walk_kernel,
-        (cdiv(v_dim, constants["BLOCK_V"]) * v_heads, len(bounds)),
-        *(k, w, r, u, y, log, span_table(bounds, device), slots, positions, state, k.stride(0)),
+        (cdiv(v_dim, constants["BLOCK_V"]) * v_heads, batch.sequences),
+        *(k, w, r, u, y, log, batch.table(Sequences()), slots, positions, state, k.stride(0)),
         options=options,
         BLOCK_K=max(16, next_power_of_2(k_dim)),
         **sizes,

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.batch import Batch
 from gfxlm.kernels.delta.formulas import decay, inverse_root, sigmoid, silu
-from gfxlm.kernels.delta.rows import CHUNK, Bounds, chunk_table
+from gfxlm.kernels.delta.rows import CHUNK, Chunks
 from gfxlm.kernels.delta.tables import tuned
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
@@ -113,7 +114,7 @@ def prepare(
     positions: Tensor,
     slots: Tensor,
     ring: Tensor,
-    bounds: Bounds,
+    batch: Batch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences laid end to end: qkv (N, channels) in qkvz's type, gamma and beta fp32 (N, Hv); the ring is updated.
 
@@ -124,7 +125,7 @@ def prepare(
     k_dim = (channels - v_heads * v_dim) // (2 * k_heads)
     qkv = torch.empty(rows, channels, dtype=qkvz.dtype, device=device)
     gamma, beta = torch.empty(2, rows, v_heads, device=device).unbind()
-    chunks = chunk_table(bounds, device)
+    chunks = batch.table(Chunks())
     constants, options = tuned("delta_prepare", device, k_dim=k_dim, v_dim=v_dim)
     launch(
         prepare_kernel,

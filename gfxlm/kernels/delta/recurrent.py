@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gfxlm.kernels.delta.rows import Bounds, span_table
+from gfxlm.kernels.batch import Batch
+from gfxlm.kernels.delta.rows import Sequences
 from gfxlm.kernels.delta.tables import tuned
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
@@ -41,7 +42,7 @@ def recurrent_kernel(
     first = tl.load(p_spans + 2 * i_span)
     stop = tl.load(p_spans + 2 * i_span + 1)
     slot = i_span.to(tl.int64) if p_slots is None else tl.load(p_slots + first)
-    kept = tl.where(slot >= 0, v_dim, 0)  # of the state's rows: none where the slot is padding
+    kept = tl.where((slot >= 0) & (stop > first), v_dim, 0)  # of the state's rows: none where all is padding
     carried = kept if p_positions is None else tl.where(tl.load(p_positions + first) > 0, kept, 0)
     o_k = tl.arange(0, BLOCK_K)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -75,7 +76,7 @@ def delta_recurrent(
     gamma: Tensor,
     beta: Tensor,
     state: Tensor,
-    bounds: Bounds,
+    batch: Batch,
     dtype: torch.dtype,
     slots: Tensor | None = None,
     positions: Tensor | None = None,
@@ -92,13 +93,13 @@ def delta_recurrent(
     constants, options = tuned("delta_recurrent", v.device, k_dim=k_dim, v_dim=v_dim)
     launch(
         recurrent_kernel,
-        (cdiv(v_dim, constants["BLOCK_V"]) * v_heads, len(bounds)),
+        (cdiv(v_dim, constants["BLOCK_V"]) * v_heads, batch.sequences),
         q,
         k,
         v,
         gamma,
         beta,
-        span_table(bounds, v.device),
+        batch.table(Sequences()),
         slots,
         positions,
         state,

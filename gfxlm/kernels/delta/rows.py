@@ -1,23 +1,39 @@
-"""Where the sequences of a flattened batch lie, as the kernels are told: int32 tables, made once a batch."""
+"""Where the sequences of a flattened batch lie, as the kernels are told."""
 
-import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+from gfxlm.kernels.batch import Span
 
 CHUNK = 64
 
-Bounds = tuple[tuple[int, int], ...]  # first row and the one behind the last, of each sequence
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Of each sequence its first row, and the one behind its last."""
+
+    columns: ClassVar[int] = 2
+
+    def entries(self, spans: Sequence[Span]) -> list[tuple[int, ...]]:
+        """As `Table` says."""
+        return [(span.start, span.stop) for span in spans]
+
+    def most(self, rows: int, spans: int) -> int:
+        """As `Table` says."""
+        return spans
 
 
-@functools.lru_cache(maxsize=16)
-def span_table(bounds: Bounds, device: torch.device) -> Tensor:
-    """(sequences, 2): first row, and the one behind the last."""
-    return torch.tensor(bounds, dtype=torch.int32, device=device)
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Of each chunk its first row, and its sequence's first row and the one behind its last."""
 
+    columns: ClassVar[int] = 3
 
-@functools.lru_cache(maxsize=16)
-def chunk_table(bounds: Bounds, device: torch.device) -> Tensor:
-    """(chunks, 3): a chunk's first row, and its sequence's first row and the one behind its last."""
-    chunks = [(row, first, stop) for first, stop in bounds for row in range(first, stop, CHUNK)]
-    return torch.tensor(chunks, dtype=torch.int32, device=device)
+    def entries(self, spans: Sequence[Span]) -> list[tuple[int, ...]]:
+        """As `Table` says."""
+        return [(row, span.start, span.stop) for span in spans for row in range(span.start, span.stop, CHUNK)]
+
+    def most(self, rows: int, spans: int) -> int:
+        """As `Table` says."""
+        return -(-rows // CHUNK) + spans

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gfxlm.kernels.delta.formulas import decay, inverse_root, sigmoid, silu
 from gfxlm.kernels.delta.tables import tuned
+from gfxlm.kernels.early import after_the_last
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import next_power_of_2
 
@@ -42,12 +43,14 @@ def delta_step_kernel(
     k_dim: tl.constexpr,
     v_dim: tl.constexpr,
     taps: tl.constexpr,
+    early: tl.constexpr,
     TAPS: tl.constexpr,  # a power of two
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One value head of one token. LANES / 4 lanes hold a row of the state: with few, its sums are mostly local."""
+    after_the_last(early)
     v_heads: tl.constexpr = k_heads * ratio
     channels: tl.constexpr = 2 * k_heads * k_dim + v_heads * v_dim
     group: tl.constexpr = 2 * k_dim + 2 * ratio * v_dim

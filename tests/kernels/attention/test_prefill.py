@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.kernels.attention.prefill import prefill
+from gfxlm.kernels.batch import Batch, Span
 from gfxlm.kernels.tuning import override
 from tests.kernels.attention.oracle import DEVICE, assert_near, causal, exact, numbers, store, table
 
@@ -65,18 +66,18 @@ def test_runs_of_a_batch(name: str, dtype: torch.dtype) -> None:
     out = torch.full((n, heads, value_size), torch.nan, dtype=dtype, device=DEVICE)
     runs, start = [], 0
     for slot, rows, keys in shape.runs:
-        runs.append((slot, start, rows, keys))
+        runs.append(Span(slot, start, start + rows, keys))
         start += rows
     tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": shape.chunk, "options": {"num_warps": 4}}
     with override("attention_prefill", tiles):
         prefill(
-            q[None], k, v, out[None], runs,
+            q[None], k, v, out[None], Batch(runs, q.device),
             scale=size**-0.5, window=shape.window, sinks=sinks, gate=gate, pages=pages,
         )  # fmt: skip
-    for slot, start, rows, keys in runs:
-        part = slice(start, start + rows)
-        seen = causal(torch.arange(keys - rows, keys, device=DEVICE), keys, shape.window)
-        wanted = exact(q[part], *(numbers(x, slot, keys, pages) for x in (k, v)), seen, size**-0.5, sinks=sinks)
+    for span in runs:
+        part, keys = slice(span.start, span.stop), span.context
+        seen = causal(torch.arange(keys - span.rows, keys, device=DEVICE), keys, shape.window)
+        wanted = exact(q[part], *(numbers(x, span.slot, keys, pages) for x in (k, v)), seen, size**-0.5, sinks=sinks)
         if gate is not None:
             wanted = tuple(x * torch.sigmoid(gate[part].double()) for x in wanted)
         assert_near(out[part], wanted)
@@ -103,8 +104,8 @@ def test_masks(name: str, sink: bool) -> None:
     q, k, v = (torch.randn(2, n, h, 80, device=DEVICE)[..., :64] for n, h in ((rows, 4), (keys, 2), (keys, 2)))
     sinks = torch.randn(4, device=DEVICE) if sink else None
     out = torch.full((2, rows, 4, 64), torch.nan, device=DEVICE)
-    runs = [(slot, 0, rows, keys) for slot in range(2)]
-    prefill(q, k, v, out, runs, scale=0.125, causal=False, mask=mask, sinks=sinks)
+    batch = Batch([Span(slot, 0, rows, keys) for slot in range(2)], q.device)
+    prefill(q, k, v, out, batch, scale=0.125, causal=False, mask=mask, sinks=sinks)
     everything = torch.ones((), dtype=torch.bool, device=DEVICE)
     for slot in range(2):
         shown = mask.dtype == torch.bool
@@ -117,7 +118,8 @@ def test_masks(name: str, sink: bool) -> None:
 def test_all_keys_for_all_rows() -> None:
     q, k, v = (torch.randn(2, n, 3, 64, device=DEVICE) for n in (20, 75, 75))
     out = torch.full_like(q, torch.nan)
-    prefill(q, k, v, out, [(slot, 0, 20, 75) for slot in range(2)], scale=0.1, causal=False)
+    batch = Batch([Span(slot, 0, 20, 75) for slot in range(2)], q.device)
+    prefill(q, k, v, out, batch, scale=0.1, causal=False)
     for slot in range(2):
         assert_near(out[slot], exact(q[slot], k[slot], v[slot], torch.ones((), dtype=torch.bool, device=DEVICE), 0.1))
 
@@ -125,11 +127,12 @@ def test_all_keys_for_all_rows() -> None:
 def test_more_rows_than_keys() -> None:
     q, k, v = (torch.randn(1, n, 2, 64, device=DEVICE) for n in (70, 35, 35))
     out = torch.full_like(q, torch.nan)
-    prefill(q, k, v, out, [(0, 0, 70, 35)], scale=0.1)
+    prefill(q, k, v, out, Batch([Span(0, 0, 70, 35)], q.device), scale=0.1)
     assert not out[0, :35].any()
     assert_near(out[0, 35:], exact(q[0, 35:], k[0], v[0], causal(torch.arange(35, device=DEVICE), 35), 0.1))
 
 
 def test_nothing() -> None:
     q = torch.empty(1, 0, 2, 64, device=DEVICE)
-    prefill(q, torch.empty(1, 8, 2, 64, device=DEVICE), torch.empty(1, 8, 2, 64, device=DEVICE), q, [], scale=1.0)
+    k, v = torch.empty(2, 1, 8, 2, 64, device=DEVICE)
+    prefill(q, k, v, q, Batch([], q.device), scale=1.0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gfxlm.kernels.batch import Batch, Span
 from gfxlm.kernels.delta.chunks import delta_chunked
 from gfxlm.kernels.delta.prepare import gated_norm, prepare
 from gfxlm.kernels.delta.recurrent import delta_recurrent
@@ -22,16 +23,18 @@ def check(m: Mixer, lengths: list[int], starts: list[int], slots: list[int]) -> 
         if first == 0:
             ring[slot], state[slot] = torch.nan, torch.nan
     conv, A_log, dt_bias, norm = (t.to(DEVICE) for t in (m.conv, m.A_log, m.dt_bias, m.norm))
+    spans = [Span(slot, *bound, bound[1]) for slot, bound in zip(slots, bounds, strict=True)]
+    batch = Batch(spans, qkvz.device)
     qkv, gamma, beta = prepare(
-        qkvz, ba, conv, A_log, dt_bias, m.k_heads, m.v_dim, positions, index, ring, bounds
+        qkvz, ba, conv, A_log, dt_bias, m.k_heads, m.v_dim, positions, index, ring, batch
     )  # fmt: skip
     keys = m.k_heads * m.k_dim
     q, k, v = qkv.split([keys, keys, m.v_heads * m.v_dim], -1)
     q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, m.k_dim), (k, m.k_dim), (v, m.v_dim)))
     if m.dtype == torch.float32:
-        y = delta_recurrent(q, k, v, gamma, beta, state, bounds, m.dtype, index, positions)
+        y = delta_recurrent(q, k, v, gamma, beta, state, batch, m.dtype, index, positions)
     else:
-        y = delta_chunked(q, k, v, gamma, beta, state, bounds, index, positions)
+        y = delta_chunked(q, k, v, gamma, beta, state, batch, index, positions)
     out = gated_norm(y, qkvz, norm, m.eps, m.k_heads, m.k_dim).cpu()
     assert (out.dtype, out.shape) == (m.dtype, (ends[-1], m.v_heads * m.v_dim))
     # Half types round what meets the matrix units: a few roundings, none of them systematic.

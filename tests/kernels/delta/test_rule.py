@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfxlm.kernels.batch import Batch, Span
 from gfxlm.kernels.delta.chunks import delta_chunked
 from gfxlm.kernels.delta.recurrent import delta_recurrent
 from tests.kernels.delta.oracle import DEVICE, rule
@@ -33,7 +34,9 @@ def check(x: list[Tensor], lengths: list[int], dtype: torch.dtype, bound: float)
     state = torch.randn(len(lengths), x[2].shape[1], 32, 16, device=DEVICE)
     exact_state = state.double().cpu()
     full = dtype == torch.float32
-    y = delta_recurrent(*x, state, bounds, dtype) if full else delta_chunked(*x, state, bounds)
+    spans = [Span(i, first, stop, stop - first) for i, (first, stop) in enumerate(bounds)]
+    batch = Batch(spans, state.device)
+    y = delta_recurrent(*x, state, batch, dtype) if full else delta_chunked(*x, state, batch)
     for i, (first, stop) in enumerate(bounds):
         exact = rule(*(t[first:stop] for t in x), exact_state[i])
         for out, wanted in ((y[first:stop].cpu(), exact), (state[i].cpu(), exact_state[i])):
@@ -68,7 +71,7 @@ def test_decay_per_key_feature() -> None:
         gamma = torch.rand(7, 2, 16, device=DEVICE)
         state = torch.randn(1, 2, 32, 16, device=DEVICE)
         exact_state = state.double().cpu()
-        y = delta_recurrent(q, k, v, gamma, beta, state, ((0, 7),), dtype).cpu()
+        y = delta_recurrent(q, k, v, gamma, beta, state, Batch([Span(0, 0, 7, 7)], q.device), dtype).cpu()
         exact = rule(q, k, v, gamma, beta, exact_state[0])
         bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
         assert ((y.double() - exact).abs() <= bound).all()
