@@ -52,8 +52,10 @@ class _Bucket:
     places: Tensor  # (rows,), the slot's row in `DecodeStep`'s books; the last one for padding
     tokens: Tensor  # (rows,)
     positions: Tensor  # (rows,)
+    hidden: Tensor  # (rows, D), of rows that came from elsewhere
     logits: Tensor  # (rows, V)
-    forward: Graph = field(init=False)
+    forward: Graph = field(init=False)  # of the rows' last tokens
+    head: Graph = field(init=False)  # of `hidden`
     logprobs: dict[Hashable, Tensor | None] = field(default_factory=dict)  # by what they were recorded for
     filled: tuple[int, ...] = ()
     sampling: dict[Hashable, Graph] = field(default_factory=dict)
@@ -86,8 +88,9 @@ class DecodeStep:
         """
         bucket = self._bucket(len(slots))
         self._fill(bucket, tuple(slots))
-        bucket.logits[: len(slots)].copy_(self._model.logits(hidden))
+        bucket.hidden[: len(slots)].copy_(hidden)
         bucket.positions[: len(slots)].copy_(positions)
+        bucket.head.replay()
         return self._sampled(bucket)
 
     def run(self, slots: Sequence[int]) -> Sampled:
@@ -118,7 +121,9 @@ class DecodeStep:
         """Largest first: the smaller ones then fit into the memory that it has taken."""
         sizes = {self._slots} | {1 << i for i in range((self._slots - 1).bit_length())}
         for size in sorted(sizes, reverse=True):
-            self._add_bucket(size).forward.capture()
+            bucket = self._add_bucket(size)
+            bucket.forward.capture()
+            bucket.head.capture()
 
     def _add_bucket(self, rows: int) -> _Bucket:
         device = self._model.device
@@ -126,9 +131,12 @@ class DecodeStep:
         def integers(value: int) -> Tensor:
             return torch.full((rows,), value, dtype=torch.int64, device=device)
 
-        logits = torch.empty(rows, self._model.config.vocab_size, dtype=self._model.dtype, device=device)
-        bucket = _Bucket(rows, integers(-1), integers(self._slots), integers(0), integers(0), logits)
+        config, dtype = self._model.config, self._model.dtype
+        hidden = torch.zeros(rows, config.hidden_size, dtype=dtype, device=device)
+        logits = torch.empty(rows, config.vocab_size, dtype=dtype, device=device)
+        bucket = _Bucket(rows, integers(-1), integers(self._slots), integers(0), integers(0), hidden, logits)
         bucket.forward = Graph(lambda: self._forward(bucket), device, pool=self._pool)
+        bucket.head = Graph(lambda: self._head(bucket, bucket.hidden), device, pool=self._pool)
         self._buckets[rows] = bucket
         return bucket
 
@@ -149,6 +157,9 @@ class DecodeStep:
         hidden = self._model.forward(
             bucket.tokens, bucket.positions, Slots(bucket.slots, self._spans(bucket)), self._cache
         )
+        self._head(bucket, hidden)
+
+    def _head(self, bucket: _Bucket, hidden: Tensor) -> None:
         bucket.logits.copy_(self._model.logits(hidden))
 
     def _spans(self, bucket: _Bucket) -> tuple[Span, ...]:

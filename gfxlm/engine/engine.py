@@ -143,10 +143,18 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record what will be replayed, and compile what it needs, before the first request instead of during it."""
+        """Record what will be replayed, and run all of it once, before the first request instead of during it.
+
+        Only while no request runs; a cache from outside is left as it is.
+        """
         self._prefill_step.warm_up()
         if self._decode_step is not None:
             self._decode_step.warm_up()
+        if not self._owns_cache:
+            return
+        self.add([0], SamplingParams(max_tokens=2))
+        while self.busy:
+            self.step()
 
     @torch.inference_mode()
     def finish(self, request: Request) -> None:

@@ -36,16 +36,30 @@ class Fed:
         return self.hidden[index], self.positions[index], self.slots[index]
 
 
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """The fixed tensors and the recording for chunks of up to so many rows."""
+class PaddedChunk:
+    """A chunk of up to `rows` rows of up to `sequences` sequences, in tensors of fixed address."""
 
-    mailbox: Mailbox
-    tokens: Tensor  # (rows,)
-    positions: Tensor  # (rows,)
-    slots: Tensor  # (rows,), -1 for padding
-    batch: RefilledBatch
-    graph: Graph
+    def __init__(self, rows: int, sequences: int, device: torch.device) -> None:
+        # Three numbers of 64 bits a row, and tables: the longest has five of 32 bits a row and sequence.
+        self._mailbox = Mailbox(16 * (rows + sequences), device)
+        self.tokens, self.positions, self.slots = (self._mailbox.tensor((rows,), torch.int64) for _ in range(3))
+        self._batch = RefilledBatch(rows, sequences, self._mailbox)
+
+    def fill(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
+        """Become the chunk of these tokens."""
+        rows = len(self.tokens)
+        padding = rows - len(tokens)
+        spans = [*spans, Span(-1, len(tokens), rows, padding)]
+        positions = [p for span in spans for p in range(span.context - span.rows, span.context)]
+        self._mailbox.write(self.tokens, [*tokens, *[0] * padding])
+        self._mailbox.write(self.positions, positions)
+        self._mailbox.write(self.slots, [span.slot for span in spans for _ in range(span.rows)])
+        self._batch.fill(spans)
+        self._mailbox.send()
+
+    def forward(self, model: CausalLM, cache: Cache) -> Tensor:
+        """The hidden states of all rows, (rows, D). Depends on nothing that `fill` changes on the host."""
+        return model.forward(self.tokens, self.positions, Slots(self.slots, (), self._batch), cache)
 
 
 class PrefillStep:
@@ -58,7 +72,7 @@ class PrefillStep:
         self._model, self._cache, self._pool = model, cache, pool
         self._most = min(most_rows, len(cache.lengths) * cache.max_context)
         self._sequences = len(cache.lengths) + 1  # and padding
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, tuple[PaddedChunk, Graph]] = {}
         self._seen: set[int] = set()
         if pool is not None:
             shape = (bucket_rows(self._most), model.config.hidden_size)
@@ -86,10 +100,10 @@ class PrefillStep:
         if self._pool is None or not (size in self._seen or size in self._buckets):
             self._seen.add(size)
             return self._at_once(tokens, tuple(spans))
-        bucket = self._recorded(size)
-        self._fill(bucket, tokens, spans)
-        bucket.graph.replay()
-        return Fed(self._hidden[:start], bucket.positions[:start], bucket.slots[:start], tuple(spans))
+        chunk, graph = self._recorded(size)
+        chunk.fill(tokens, spans)
+        graph.replay()
+        return Fed(self._hidden[:start], chunk.positions[:start], chunk.slots[:start], tuple(spans))
 
     def _at_once(self, tokens: Sequence[int], spans: tuple[Span, ...]) -> Fed:
         slots, counts = [span.slot for span in spans], [span.rows for span in spans]
@@ -99,37 +113,17 @@ class PrefillStep:
         hidden = self._model.forward(ids, positions, places, self._cache)
         return Fed(hidden, positions, places.index, places.spans)
 
-    def _recorded(self, rows: int) -> _Bucket:
+    def _recorded(self, rows: int) -> tuple[PaddedChunk, Graph]:
         if rows not in self._buckets:
-            self._buckets[rows] = self._add_bucket(rows)
+            chunk = PaddedChunk(rows, self._sequences, self._model.device)
+            chunk.fill((), ())  # to be called once now must leave no trace
+            graph = Graph(lambda: self._forward(chunk), self._model.device, pool=self._pool)
+            graph.capture()
+            self._buckets[rows] = chunk, graph
         return self._buckets[rows]
 
-    def _add_bucket(self, rows: int) -> _Bucket:
-        # Three numbers of 64 bits a row, and tables: the longest has five of 32 bits a row and sequence.
-        mailbox = Mailbox(16 * (rows + self._sequences), self._model.device)
-        tokens, positions, slots = (mailbox.tensor((rows,), torch.int64) for _ in range(3))
-        batch = RefilledBatch(rows, self._sequences, mailbox)
-
-        def forward() -> None:
-            hidden = self._model.forward(tokens, positions, Slots(slots, (), batch), self._cache)
-            self._hidden[:rows].copy_(hidden)
-
-        graph = Graph(forward, self._model.device, pool=self._pool)
-        bucket = _Bucket(mailbox, tokens, positions, slots, batch, graph)
-        self._fill(bucket, (), ())  # to be called once now must leave no trace
-        graph.capture()
-        return bucket
-
-    @staticmethod
-    def _fill(bucket: _Bucket, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        padding = len(bucket.tokens) - len(tokens)
-        spans = [*spans, Span(-1, len(tokens), len(bucket.tokens), padding)]
-        positions = [p for span in spans for p in range(span.context - span.rows, span.context)]
-        bucket.mailbox.write(bucket.tokens, [*tokens, *[0] * padding])
-        bucket.mailbox.write(bucket.positions, positions)
-        bucket.mailbox.write(bucket.slots, [span.slot for span in spans for _ in range(span.rows)])
-        bucket.batch.fill(spans)
-        bucket.mailbox.send()
+    def _forward(self, chunk: PaddedChunk) -> None:
+        self._hidden[: len(chunk.tokens)].copy_(chunk.forward(self._model, self._cache))
 
 
 def bucket_rows(rows: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.engine.load import open_checkpoint
+from gfxlm.engine.prefill import PaddedChunk, bucket_rows
 from gfxlm.kernels.case import Call, Case
 from gfxlm.models.base import CausalLM
 from gfxlm.models.load import build, read_weights
@@ -16,6 +17,7 @@ _META = torch.device("meta")
 # Sequences and tokens of each. Numbers of tokens that are multiples of 16, and others, may be compiled apart.
 _STEPS = [(rows, 1) for rows in (1, 2, 3, 4, 8, 16, 32, 64)]
 _PROMPTS = [(1, tokens) for tokens in (2, 7, 15, 16, 31, 48, 65, 128, 500, 512, 1999, 2048)]
+_CHUNKS = sorted({bucket_rows(rows) for rows in range(1, 2049)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,12 @@ class ModelCases:
     def names(self) -> list[str]:
         """All of them. UserError where there is no such model."""
         open_checkpoint(self.path, self.revision)
-        return [f"{sequences}x{tokens}" for sequences, tokens in _STEPS + _PROMPTS]
+        return [f"{sequences}x{tokens}" for sequences, tokens in _STEPS + _PROMPTS] + [f"chunk{n}" for n in _CHUNKS]
 
     def __call__(self, name: str) -> Case:
-        """The case of that name."""
+        """The case of that name: sequences x tokens, or a recorded chunk of so many rows."""
+        if name.startswith("chunk"):
+            return Case(name, functools.partial(self._chunk, int(name.removeprefix("chunk"))))
         sequences, tokens = map(int, name.split("x"))
 
         def make(device: torch.device) -> Call:
@@ -42,6 +46,11 @@ class ModelCases:
             return lambda: model(ids, cache)
 
         return Case(name, make)
+
+    def _chunk(self, rows: int, device: torch.device) -> Call:
+        model = _without_weights(self)
+        cache, chunk = model.make_cache(1, 2 * rows), PaddedChunk(rows, 2, device)
+        return lambda: chunk.forward(model, cache)
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,8 +24,9 @@ def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ["gfx1151", "gfx942", "sm_90"])
 def test_a_models_launches(arch: str) -> None:
     cases = ModelCases("builtin", dtype="float16")
-    assert {"1x1", "8x1", "1x512"} <= set(cases.names())
-    one, many = (record(cases(name), named(arch)) for name in ("1x1", "1x512"))
+    assert {"1x1", "8x1", "1x512", "chunk512"} <= set(cases.names())
+    one, many, chunk = (record(cases(name), named(arch)) for name in ("1x1", "1x512", "chunk512"))
+    assert {launch.kernel.__name__ for launch in chunk} >= {"prefill_kernel", "chunk_walk_kernel"}
     assert {launch.kernel.__name__ for launch in one} != {launch.kernel.__name__ for launch in many}
     floats = {a.dtype for launch in one for a in launch.arguments if isinstance(a, Tensor) and a.is_floating_point()}
     assert floats <= {torch.float16, torch.float32}

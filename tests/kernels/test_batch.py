@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfxlm.device.mailbox import Mailbox
@@ -29,6 +29,7 @@ def refilled(rows: int, sequences: int) -> tuple[RefilledBatch, Mailbox]:
     return RefilledBatch(rows, sequences, mailbox), mailbox
 
 
+@settings(deadline=None)  # a GPU's first copy is slow
 @given(st.lists(st.lists(st.integers(0, 200), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_tables_are_those_of_a_new_batch_and_zeros(batches: list[list[int]]) -> None:
     batch, mailbox = refilled(1000, 5)
