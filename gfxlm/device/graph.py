@@ -15,7 +15,7 @@ class Graph:
 
     Where it is not, `replay` calls the function, and one warning says why. What the function allocates stays where it
     was recorded, so its results are found at the same place after every replay. The function is called once before it
-    is recorded, because no kernel may be compiled meanwhile.
+    is recorded, because no kernel may be compiled meanwhile; what it is to work on then must be nothing.
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
@@ -25,7 +25,7 @@ class Graph:
         self._recorded: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
-        """Call the function once, and record it. Only where there is a pool."""
+        """Call the function once, record it, and replay that once. Only where there is a pool."""
         with torch.cuda.device(self._device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -41,6 +41,7 @@ class Graph:
                 torch.cuda.synchronize()
                 _warn(str(error).strip().splitlines()[0])
                 return
+        graph.replay()  # the first replay brings it to the device, which takes a millisecond
         self._recorded = graph
 
     def replay(self) -> None:
