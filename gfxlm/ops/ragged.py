@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.kernels.batch import Batch, Span
+from gfxlm.ops._common import on_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,12 @@ class Slots:
 
 
 def check_slots(op: str, rows: int, positions: Tensor, slots: Slots) -> None:
-    """ValueError unless every row of a batch has a position and a slot: kernels read as many as there are rows."""
+    """ValueError unless every row of a batch has a position and a slot: kernels read as many as there are rows.
+
+    And for a batch that is refilled where no kernels are: all else goes by the spans, which it does not have.
+    """
+    if slots.batch is not None and not on_gpu(positions):
+        raise ValueError(f"{op}: a batch that is refilled is for kernels, and there are none on {positions.device}")
     for name, x in (("positions", positions), ("slots.index", slots.index)):
         if x.shape != (rows,) or x.dtype != torch.int64:
             raise ValueError(f"{op}: {name} must be int64 ({rows},), got {x.dtype} {tuple(x.shape)}")
