@@ -19,37 +19,36 @@ class Graph:
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
-        self._function = function
+        self._function: Callable[[], None] | None = function
         self._device = device
         self._pool = pool
         self._recorded: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
         """Call the function once, record it, and replay that once. Only where there is a pool."""
+        function = self._function
+        assert function is not None
         with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._function()
-            torch.cuda.current_stream().wait_stream(side)
+            function()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool):
-                    self._function()
+                    function()
             except RuntimeError as error:
                 torch.cuda.synchronize()
                 _warn(str(error).strip().splitlines()[0])
                 return
         graph.replay()  # the first replay brings it to the device, which takes a millisecond
-        self._recorded = graph
+        # Whoever holds the graph is often held by the function: its memory is not to wait for the garbage collector.
+        self._recorded, self._function = graph, None
 
     def replay(self) -> None:
         """Run what was recorded, or the function itself."""
-        if self._recorded is None:
-            self._function()
-        else:
+        if self._recorded is not None:
             self._recorded.replay()
+        elif self._function is not None:
+            self._function()
 
 
 def shared_pool(device: torch.device) -> Any:
