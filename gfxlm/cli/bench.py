@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gfxlm.models.base import CausalLM
     from gfxlm.weights.checkpoint import Checkpoint
 
-_WIDTHS = {"model": 20, "size": 10, "params": 10, "test": 16, "t/s": 20}
+_WIDTHS = {"model": 20, "size": 10, "params": 10, "test": 16, "t/s": 20, "peak": 16}
 
 
 class Output(StrEnum):
@@ -62,13 +63,29 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Times to run each test.")] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sequences at a time.")] = 1,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to print the results.")] = Output.MD,
-    no_warmup: Annotated[bool, typer.Option("--no-warmup", help="Count the first run of a test, too.")] = False,
+    no_warmup: Annotated[
+        bool, typer.Option("--no-warmup", help="Count a test's first run, which compiles and records.")
+    ] = False,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantise keys and values to 8 or 4 bits. Default: not at all.")
+    ] = None,
+    kv_group_size: Annotated[int, typer.Option(help="How many of them share a scale: 32, 64 or 128.")] = 64,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Instead of tests, run a chunk of the first -p and one decode step under torch's profiler: print what "
+            "each kind of layer takes, and write a trace for chrome://tracing or ui.perfetto.dev.",
+        ),
+    ] = None,
 ) -> None:
     """Measure speed on synthetic tokens: prompts (pp), generation (tg), in tokens a second.
 
     -p, -n and -d take lists: -p 512,2048. GB/s is what generation must read and write, TFLOP/s what a prompt's matrix
-    products compute; % bw and % mm are their shares of what this machine can do, measured in the same run.
+    products compute; % bw and % mm are their shares of what this machine can do, measured in the same run. peak is what
+    was allocated on a GPU, and by how much that exceeds weights and caches. The speed of each length's first prompt,
+    before any repetition, is told below the table, and is first_ts in the other forms.
     """
     shapes = [(p, 0) for p in _numbers("-p", prompt) if p] + [(0, n) for n in _numbers("-n", generated) if n]
     shapes += [_pair(text) for text in both or ()]
@@ -77,18 +94,30 @@ def bench(
     from gfxlm.device.ceilings import backend_name, matmul_rate, read_bandwidth
     from gfxlm.engine.bench import Bench, Workload
     from gfxlm.engine.info import describe
+    from gfxlm.nn.cache import KVFormat
 
+    printers = {Output.JSON: _json, Output.JSONL: _json_lines, Output.CSV: _csv}
+    kv_format = None if kv_bits is None else KVFormat(kv_bits, kv_group_size)
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise UserError(f"{trace}: its folder does not exist")
     lm, checkpoint = _open(model, synthetic)
+    if kv_format is not None:
+        lm = lm.with_quantized_kv(kv_format.bits, kv_format.group_size)
     runner = Bench(lm, batch_size=batch_size, prefill_step_size=prefill_step_size)
     workloads = [Workload(p, n, d) for d in depths for p, n in shapes]
     for workload in workloads:
         runner.check(workload)
+    if trace is not None:
+        runner.check(Workload(0, 1, max(depths)))
+        chunk = min(prefill_step_size, next((p for p, _ in shapes if p), 0))
+        printers.get(output, _trace_table)(_traced(lm, trace, chunk, max(depths), batch_size))
+        return
     machine = Machine(backend_name(lm.device), read_bandwidth(lm.device), matmul_rate(lm.device))
     note(
         f"measured on this machine: {machine.read_bandwidth / 1e9:.1f} GB/s of reads, "
         f"{machine.matmul_rate / 1e12:.3f} TFLOP/s in a bfloat16 matrix product"
     )
-    info = describe(checkpoint, lm.dtype, lm.device)
+    info = describe(checkpoint, lm.dtype, lm.device).with_kv(kv_format)
 
     def measured() -> Iterator[dict[str, Any]]:
         for workload in workloads:
@@ -96,7 +125,7 @@ def bench(
                 result = runner.run(workload, repetitions, warm_up=not no_warmup, progress=progress)
             yield _row(checkpoint.folder.name, info, machine, result)
 
-    {Output.MD: _markdown, Output.JSON: _json, Output.JSONL: _json_lines, Output.CSV: _csv}[output](measured())
+    printers.get(output, _markdown)(measured())
 
 
 def _open(options: BenchModelOptions, synthetic: str | None) -> "tuple[CausalLM, Checkpoint]":
@@ -162,6 +191,8 @@ def _row(model: str, info: "ModelInfo", machine: Machine, result: "Result") -> d
         "backend": machine.backend,
         "n_threads": torch.get_num_threads(),
         "batch_size": result.batch_size,
+        "kv_bits": info.kv_format and info.kv_format.bits,
+        "kv_group_size": info.kv_format and info.kv_format.group_size,
         "test": result.workload.name,
         "n_prompt": result.workload.prompt,
         "n_gen": result.workload.generated,
@@ -169,17 +200,23 @@ def _row(model: str, info: "ModelInfo", machine: Machine, result: "Result") -> d
         "avg_ts": result.mean,
         "stddev_ts": result.deviation,
         "samples_ts": list(result.speeds),
+        "first_ts": result.first,
         "bytes_per_second": bandwidth,
         "bandwidth_share": bandwidth and bandwidth / machine.read_bandwidth,
         "operations_per_second": compute,
         "matmul_share": compute and compute / machine.matmul_rate,
         "read_bandwidth": machine.read_bandwidth,
         "matmul_rate": machine.matmul_rate,
+        "peak_bytes": result.peak_bytes,
+        "memory_share": result.memory_share(info),
     }
 
 
 def _markdown(rows: Iterable[dict[str, Any]]) -> None:
+    first = []
     for number, row in enumerate(rows):
+        if row["first_ts"] is not None:
+            first.append(f"{row['test']} {row['first_ts']:.2f} t/s")
         cells = {
             "model": row["model"],
             "size": _binary_size(row["model_size"]),
@@ -187,24 +224,81 @@ def _markdown(rows: Iterable[dict[str, Any]]) -> None:
             "backend": row["backend"],
             "threads": str(row["n_threads"]),
             "batch": str(row["batch_size"]),
+            "kv bits": str(row["kv_bits"]),
             "test": row["test"],
             "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
             "GB/s": _scaled(row["bytes_per_second"], 1e-9, 1),
             "% bw": _scaled(row["bandwidth_share"], 100, 1),
             "TFLOP/s": _scaled(row["operations_per_second"], 1e-12, 3),
             "% mm": _scaled(row["matmul_share"], 100, 1),
+            "peak": _peak(row["peak_bytes"], row["memory_share"]),
         }
-        if row["batch_size"] == 1:
-            del cells["batch"]
+        here = {"batch": row["batch_size"] > 1, "kv bits": row["kv_bits"], "peak": row["peak_bytes"]}
+        cells = {name: cell for name, cell in cells.items() if here.get(name, True)}
         widths = {name: max(_WIDTHS.get(name, 8), len(row["model"]) if name == "model" else 0) for name in cells}
         if number == 0:
             print("| " + " | ".join(f"{name:>{widths[name]}}" for name in cells) + " |")
             print("| " + " | ".join("-" * (widths[name] - 1) + ":" for name in cells) + " |")
         print("| " + " | ".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()) + " |", flush=True)
+    if first:
+        note(f"first prompt: {', '.join(first)}")
+
+
+def _traced(lm: "CausalLM", path: Path, prompt: int, depth: int, sequences: int) -> list[dict[str, Any]]:
+    """What a prompt's chunk and a decode step take, by kind of layer and by what ran there."""
+    from gfxlm.engine.trace import ALL, trace
+
+    shares = trace(lm, path, prompt=prompt, depth=depth, sequences=sequences)
+    totals = {share.step: share.microseconds for share in shares if share.kind == ALL}
+    note(
+        "launches are calls of torch's operators, those that they make not counted"
+        if lm.device.type == "cpu"
+        else "launches are kernels, copies and fills on the GPU, torch's among them; one by one, not as a graph"
+    )
+    return [
+        {
+            "step": share.step,
+            "n_tokens": share.tokens,
+            "layers": share.kind,
+            "n_layers": share.layers,
+            "name": share.name,
+            "launches": share.launches,
+            "us": share.microseconds,
+            "launches_per_layer": share.launches / share.layers,
+            "us_per_layer": share.microseconds / share.layers,
+            "share": share.microseconds / totals[share.step],
+        }
+        for share in shares
+    ]
+
+
+def _trace_table(rows: Iterable[dict[str, Any]]) -> None:
+    """One line for each kind of layer, and below it what takes a hundredth of the step or more."""
+    table = [["step", "layers", "", "launches", "µs", "launches/layer", "µs/layer", "%"]]
+    for row in rows:
+        whole = row["name"] == "all"
+        if not whole and row["share"] < 0.01:
+            continue
+        one = row["n_layers"] == 1
+        kind = row["layers"] if one else f"{row['n_layers']} x {row['layers']}"
+        if row["layers"] == "all" and row["n_tokens"] > 1:
+            kind += f", {row['us'] / row['n_tokens']:.2f} µs a token"
+        names = [row["step"], kind, ""] if whole else ["", "", row["name"]]
+        each = ["", ""] if one else [f"{row['launches_per_layer']:.4g}", f"{row['us_per_layer']:.1f}"]
+        table.append([*names, str(row["launches"]), f"{row['us']:.1f}", *each, f"{100 * row['share']:.1f}"])
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    table.insert(1, ["-" * width if column < 3 else "-" * (width - 1) + ":" for column, width in enumerate(widths)])
+    for line in table:
+        aligned = (f"{cell:{'<' if column < 3 else '>'}{widths[column]}}" for column, cell in enumerate(line))
+        print("| " + " | ".join(aligned) + " |")
 
 
 def _binary_size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _peak(nbytes: int | None, share: float | None) -> str:
+    return "" if nbytes is None or share is None else f"{_binary_size(nbytes)} {100 * (share - 1):+.0f} %"
 
 
 def _scaled(value: float | None, factor: float, digits: int) -> str:
@@ -222,7 +316,7 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> None:
 
 def _csv(rows: Iterable[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
-        del row["samples_ts"]
+        row.pop("samples_ts", None)
         writer = csv.DictWriter(sys.stdout, row, lineterminator="\n")
         if number == 0:
             writer.writeheader()

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gfxlm.cli.text import counted
+from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
     from gfxlm.engine.info import ModelInfo
 
 _SHORT_CONTEXT = 4096
+_KV_BITS = (8, 4)
+_KV_GROUP_SIZES = (64, 32)
 
 
 def info(
@@ -37,16 +40,36 @@ def info(
     print(json.dumps(_json(found, memory)) if as_json else _text(found, memory))
 
 
+def _by_kv_bits(found: "ModelInfo") -> "dict[int, ModelInfo]":
+    """The model with caches as they are and with quantised ones, by their bits; without those that cannot be."""
+    from gfxlm.nn.cache import KVFormat
+
+    by_bits = {8 * layer.dtype.itemsize: found for layer in found.attention}
+    for bits in _KV_BITS if found.attention else ():
+        for group_size in _KV_GROUP_SIZES:
+            try:
+                by_bits[bits] = found.with_kv(KVFormat(bits, group_size))
+                break
+            except UserError:  # heads of other sizes
+                continue
+    return by_bits
+
+
 def _contexts(found: "ModelInfo") -> list[int]:
     return sorted({min(_SHORT_CONTEXT, found.context_length), found.context_length})
 
 
 def _json(found: "ModelInfo", memory: int) -> dict[str, object]:
-    fields = {name: value for name, value in asdict(found).items() if name != "attention"}
+    fields = {name: value for name, value in asdict(found).items() if name not in ("attention", "kv_format")}
+    kv = {
+        str(bits): {"bytes_per_token": kv.kv_bytes_per_token, "bytes": kv.kv_bytes_per_token * found.context_length}
+        for bits, kv in _by_kv_bits(found).items()
+    }
     return fields | {
         "bits_per_weight": found.bits_per_weight,
         "bytes_per_token": found.bytes_per_token,
         "kv_bytes_per_token": found.kv_bytes_per_token,
+        "kv_bits": kv,
         "available_bytes": memory,
         "fits": {str(context): found.needed_bytes(context) <= memory for context in _contexts(found)},
         "longest_context": found.longest_context(memory),
@@ -64,7 +87,7 @@ def _text(found: "ModelInfo", memory: int) -> str:
         ("bits per weight", f"{found.bits_per_weight:.3f}"),
         ("size on disk", _size(found.disk_bytes)),
         ("bytes per token", f"{_size(found.bytes_per_token)} at batch 1, {_size(2 * found.state_bytes)} of it state"),
-        ("KV cache per token", _size(found.kv_bytes_per_token)),
+        *_kv_rows(found),
         ("state per sequence", _size(found.state_bytes)),
         ("context length", f"{found.context_length} tokens"),
     ]
@@ -75,6 +98,17 @@ def _text(found: "ModelInfo", memory: int) -> str:
     if 0 < (longest := found.longest_context(memory)) < found.context_length:
         rows.append(("longest context", f"{longest} tokens fit"))
     return "\n".join(f"{label:<20}{value}" for label, value in rows)
+
+
+def _kv_rows(found: "ModelInfo") -> list[tuple[str, str]]:
+    by_bits = _by_kv_bits(found)
+    if not by_bits:
+        return [("KV cache per token", "none")]
+    rows = []
+    for label, positions in (("KV cache per token", 1), (f"KV cache at {found.context_length}", found.context_length)):
+        sizes = (f"{_size(kv.kv_bytes_per_token * positions)} with {bits} bits" for bits, kv in by_bits.items())
+        rows.append((label, ", ".join(sizes)))
+    return rows
 
 
 def _size(nbytes: int) -> str:

@@ -1,14 +1,16 @@
 """Speeds of a model on synthetic tokens, measured as llama-bench does: no tokenizer, no sampling."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gfxlm.device.ceilings import synchronize
+from gfxlm.device.memory import peak_bytes
 from gfxlm.engine.engine import Engine, Request
 from gfxlm.engine.info import ModelInfo
 from gfxlm.engine.params import SamplingParams
@@ -38,11 +40,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Tokens a second of every repetition, all sequences of the batch together."""
+    """Tokens a second of every repetition, all sequences of the batch together.
+
+    `first` is the speed of the first run, be it the warm-up, of a workload that is a prompt alone. `peak_bytes` is the
+    most that was allocated on a GPU; None on a CPU, where nobody counts.
+    """
 
     workload: Workload
     batch_size: int
     speeds: Sequence[float]
+    first: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def mean(self) -> float:
@@ -69,6 +77,11 @@ class Result:
             return None
         return self.mean * info.prefill_operations(self.workload.prompt, self.workload.depth) / self.workload.prompt
 
+    def memory_share(self, info: ModelInfo) -> float | None:
+        """The peak as a share of what weights and caches take."""
+        held = info.resident_bytes + self.batch_size * info.cache_bytes(self.workload.positions)
+        return None if self.peak_bytes is None else self.peak_bytes / held
+
 
 class SyntheticTokens:
     """Stands where the engine expects a sampler, and puts out random tokens without a look at the logits."""
@@ -85,6 +98,11 @@ class SyntheticTokens:
     def graph_key(self) -> str:
         """A recording of `sample` is always valid."""
         return "synthetic"
+
+    @property
+    def sequential(self) -> bool:
+        """A token depends on its position alone."""
+        return False
 
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
         """There is nothing to remember."""
@@ -129,18 +147,25 @@ class Bench:
         `progress` is called with repetitions done and repetitions in all. Raises UserError as `check` does.
         """
         self.check(workload)
+        _reset_peak(self._model.device)
         engine = self._engine(workload)
+        if warm_up:
+            engine.warm_up()
         depth = self._begin(engine, 0, workload.depth) if workload.depth else []
         self._prefill(engine)
         self._end(engine, depth)
-        if warm_up:
-            self._seconds(Workload(workload.prompt, min(workload.generated, 1), workload.depth), engine)
         speeds = []
+        if warm_up:
+            speeds.append(self._speed(replace(workload, generated=min(workload.generated, 1)), engine))
         for repetition in range(repetitions):
-            seconds = self._seconds(workload, engine)
-            speeds.append(self._batch_size * (workload.prompt + workload.generated) / seconds)
+            speeds.append(self._speed(workload, engine))
             progress(repetition + 1, repetitions)
-        return Result(workload, self._batch_size, speeds)
+        first = None if workload.generated else speeds[0]
+        return Result(workload, self._batch_size, speeds[-repetitions:], first, _peak(self._model.device))
+
+    def _speed(self, workload: Workload, engine: Engine) -> float:
+        """Tokens a second of one run."""
+        return self._batch_size * (workload.prompt + workload.generated) / self._seconds(workload, engine)
 
     def _seconds(self, workload: Workload, engine: Engine) -> float:
         requests = self._begin(engine, workload.depth, max(workload.prompt, 1))
@@ -180,3 +205,14 @@ class Bench:
     def _prefill(engine: Engine) -> None:
         while engine.prefilling:
             engine.step()
+
+
+def _reset_peak(device: torch.device) -> None:
+    """Forget what was allocated before: the engines of other tests, the ceilings' measurement, weights as read."""
+    if device.type == "cuda":
+        gc.collect()  # engines and their recordings refer to each other
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    return peak_bytes(device) if device.type == "cuda" else None

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Self
 
 import torch
 
@@ -11,6 +12,7 @@ from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM, DecoderLayer, Tensors
 from gfxlm.models.load import build, default_dtype
 from gfxlm.nn.attention import Attention
+from gfxlm.nn.cache import KVCache, KVFormat, QuantizedKVCache
 from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.mlp import SparseMoE
 from gfxlm.ops.formats import Quantization
@@ -24,11 +26,22 @@ _ROOM = 1.1
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
-    """What one attention layer reads (bytes) and computes (operations) for each position that a token looks at."""
+    """What one attention layer keeps of each position, and computes (operations) when a token looks at it."""
 
-    kv_bytes: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
     operations: int
     window: int | None
+
+    def kv_bytes(self, kv: KVFormat | None) -> int:
+        """Of one position's keys and values, quantised so. UserError where heads do not divide into its groups."""
+        shape, device = (1, 1, self.kv_heads, self.head_dim), torch.device("meta")
+        if kv is None:
+            stored: KVCache | QuantizedKVCache = KVCache.allocate(*shape, self.dtype, device)
+        else:
+            stored = QuantizedKVCache.allocate(*shape, self.dtype, device, bits=kv.bits, group_size=kv.group_size)
+        return sum(tensor.nbytes for tensor in stored.tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +62,13 @@ class ModelInfo:
     context_length: int
     quantization: str
     attention: tuple[AttentionCost, ...]
+    kv_format: KVFormat | None = None  # how caches are quantised
+
+    def with_kv(self, kv_format: KVFormat | None) -> Self:
+        """The same with caches that are quantised so. UserError where heads do not divide into its groups."""
+        for layer in self.attention:
+            layer.kv_bytes(kv_format)
+        return replace(self, kv_format=kv_format)
 
     @property
     def bits_per_weight(self) -> float:
@@ -63,7 +83,7 @@ class ModelInfo:
     @property
     def kv_bytes_per_token(self) -> int:
         """What each token adds to the cache."""
-        return sum(layer.kv_bytes for layer in self.attention)
+        return sum(layer.kv_bytes(self.kv_format) for layer in self.attention)
 
     def cache_bytes(self, context: int) -> int:
         """One sequence's cache of that many positions."""
@@ -81,7 +101,7 @@ class ModelInfo:
 
     def decode_bytes(self, context: float) -> float:
         """What a token reads and writes in a context of that length."""
-        seen = (layer.kv_bytes * min(context, layer.window or context) for layer in self.attention)
+        seen = (min(context, layer.window or context) * layer.kv_bytes(self.kv_format) for layer in self.attention)
         return self.bytes_per_token + sum(seen)
 
     def prefill_operations(self, tokens: int, depth: int = 0) -> int:
@@ -179,8 +199,7 @@ def _used_shares(model: CausalLM) -> Iterator[tuple[str, float]]:
 
 
 def _attention_cost(mixer: Attention, dtype: torch.dtype) -> AttentionCost:
-    kv_bytes = 2 * mixer.kv_heads * mixer.head_dim * dtype.itemsize
-    return AttentionCost(kv_bytes, 4 * mixer.heads * mixer.head_dim, mixer.window)
+    return AttentionCost(mixer.kv_heads, mixer.head_dim, dtype, 4 * mixer.heads * mixer.head_dim, mixer.window)
 
 
 def _state_bytes(mixer: GatedDeltaNet, dtype: torch.dtype) -> int:

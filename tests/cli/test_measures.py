@@ -3,16 +3,21 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import gfxlm
 from gfxlm.engine.info import describe
 from gfxlm.engine.perplexity import perplexity
+from gfxlm.models.synthetic import synthetic_checkpoint
+from gfxlm.nn.cache import KVFormat
 from gfxlm.weights.checkpoint import Checkpoint
-from tests.checkpoints import CORPUS, mlx_checkpoint, transformers_checkpoint
+from tests.checkpoints import CORPUS, FAMILIES, mlx_checkpoint, transformers_checkpoint
 from tests.cli.runner import complaint, run
 
 
@@ -62,7 +67,6 @@ def bench(folder: Path, *options: str) -> str:
     result = run("bench", "-m", folder, "-r", "2", *options)
     assert result.exit_code == 0
     assert result.stderr.startswith("measured on this machine: ")
-    assert result.stderr.count("\n") == 1
     return result.stdout
 
 
@@ -125,7 +129,56 @@ def test_bench_in_other_forms(folder: Path) -> None:
         assert generation["matmul_share"] in (None, "")
 
 
+def test_bench_tells_the_first_prompt(folder: Path) -> None:
+    result = run("bench", "-m", folder, "-r", "1", "-p", "8,16", "-n", "2")
+    assert re.fullmatch(r"first prompt: pp8 \d+\.\d\d t/s, pp16 \d+\.\d\d t/s", result.stderr.splitlines()[1])
+    assert len(run("bench", "-m", folder, "-r", "1", "-p", "0", "-n", "2").stderr.splitlines()) == 1
+    prompt, generation = json.loads(bench(folder, "-p", "8", "-n", "2", "-o", "json"))
+    assert prompt["first_ts"] > 0
+    assert generation["first_ts"] is None
+    # Of a CPU nobody counts what was allocated.
+    assert prompt["peak_bytes"] is prompt["memory_share"] is None
+
+
+def test_bench_with_quantised_keys_and_values(folder: Path) -> None:
+    options = ("-p", "0", "-n", "2", "-d", "50", "--kv-bits", "4", "--kv-group-size", "32")
+    (row,) = json.loads(bench(folder, *options, "-o", "json"))
+    assert (row["kv_bits"], row["kv_group_size"]) == (4, 32)
+    info = describe(Checkpoint.open(folder)).with_kv(KVFormat(4, 32))
+    assert row["bytes_per_second"] == pytest.approx(row["avg_ts"] * info.decode_bytes(50 + 1.5))
+    header, _, cells = (line.split("|") for line in bench(folder, *options).splitlines())
+    assert cells[[cell.strip() for cell in header].index("kv bits")].strip() == "4"
+
+
+def test_bench_trace(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    result = run("bench", "-m", folder, "--trace", path, "-p", "8,16", "-d", "0,5", "--prefill-step-size", "6")
+    assert "launches are calls of torch's operators" in result.stderr
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()]
+    assert lines[0] == ["step", "layers", "", "launches", "µs", "launches/layer", "µs/layer", "%"]
+    heads = [line for line in lines[2:] if line[0]]
+    kinds = ["2 x attention + MLP", "embedding, head, sampling", "all"]
+    assert [line[0] for line in heads] == ["pp6 @ d5"] * 3 + ["tg1 @ d5"] * 3
+    assert [line[1].split(",")[0] for line in heads] == [kind.split(",")[0] for kind in kinds] * 2
+    assert heads[2][1].endswith(" µs a token")
+    assert int(heads[3][3]) == 2 * float(heads[3][5])
+    assert int(heads[3][3]) + int(heads[4][3]) == int(heads[5][3])
+    assert len({len(line) for line in result.stdout.splitlines()}) == 1
+    assert json.loads(path.read_text())["traceEvents"]
+    rows = json.loads(run("bench", "-m", folder, "--trace", path, "-p", "0", "-o", "json").stdout)
+    assert {row["step"] for row in rows} == {"tg1"}
+    layers = [row for row in rows if row["name"] == "all"]
+    assert [row["layers"] for row in layers] == ["attention + MLP", "embedding, head, sampling", "all"]
+    assert sum(row["share"] for row in rows if row["name"] != "all") == pytest.approx(1)
+    assert layers[0]["launches"] == 2 * layers[0]["launches_per_layer"]
+
+
 def test_bench_refuses(folder: Path) -> None:
+    assert complaint("bench", "-m", folder, "--trace", "/no/such/trace.json") == (
+        "/no/such/trace.json: its folder does not exist"
+    )
+    assert complaint("bench", "-m", folder, "--kv-bits", "5").startswith("a KV cache can have 4 or 8 bits")
+    assert "groups of 32 or 64 fit" in complaint("bench", "-m", folder, "--kv-bits", "4", "--kv-group-size", "128")
     assert complaint("bench", "-m", folder, "-p", "a,b") == "-p: expected numbers with commas between, but got 'a,b'"
     assert complaint("bench", "-m", folder, "-pg", "5").startswith("-pg: expected two numbers above 0")
     assert complaint("bench", "-m", folder, "-p", "2000").startswith("pp2000 needs 2000 positions")
@@ -141,10 +194,28 @@ def test_info(folder: Path) -> None:
         lines["parameters"] == f"{found.parameters / 1e6:.2f} M, active per token {found.active_parameters / 1e6:.2f} M"
     )
     assert lines["bytes per token"] == f"{found.bytes_per_token / 1e3:.2f} kB at batch 1, none of it state"
-    assert lines["KV cache per token"] == f"{found.kv_bytes_per_token / 1e3:.2f} kB"
+    # Two layers, two heads of 64 features, keys and values; with a scale and a bias for 64 of them.
+    assert lines["KV cache per token"] == "1.02 kB with 16 bits, 544 bytes with 8 bits, 288 bytes with 4 bits"
+    assert lines["KV cache at 1024"] == "1.05 MB with 16 bits, 557.06 kB with 8 bits, 294.91 kB with 4 bits"
     assert lines["fits at 1024"].startswith("yes: needs ")
     hybrid = run("info", mlx_checkpoint("qwen3_next"), "--device", "cpu").stdout
     assert "4 (3 gated delta net, 1 attention)" in hybrid
+
+
+def test_info_of_heads_that_do_not_divide(tmp_path: Path) -> None:
+    """Groups of 64 where they fit, else of 32, else none; rows of 48 bytes take 64."""
+    config = FAMILIES["llama"] | {"model_type": "llama", "num_attention_heads": 4}
+    for head_dim, sizes in ((96, {"16": 1536, "8": 864, "4": 608}), (80, {"16": 1280})):
+        folder = tmp_path / str(head_dim)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"head_dim": head_dim}))
+        tensors = synthetic_checkpoint(str(folder), torch.device("cpu"), group_size=32).tensors
+        save_file({name: tensor.read() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        quantized = config | {"head_dim": head_dim, "quantization": {"bits": 4, "group_size": 32}}
+        (folder / "config.json").write_text(json.dumps(quantized))
+        printed = json.loads(run("info", folder, "--device", "cpu", "--json").stdout)["kv_bits"]
+        assert {bits: entry["bytes_per_token"] for bits, entry in printed.items()} == sizes
+        assert all(entry["bytes"] == 1024 * entry["bytes_per_token"] for entry in printed.values())
 
 
 def test_info_when_memory_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,8 @@ def test_depth_is_fed_once(model: CausalLM, passes: list[list[int]]) -> None:
 
 def test_warm_up_and_chunks(model: CausalLM, passes: list[list[int]]) -> None:
     Bench(model, prefill_step_size=3).run(Workload(5, 2), 1)
-    prompt = [[0, 1, 2], [3, 4]]
-    assert passes == [*prompt, [5], *prompt, [5], [6]]
+    engines_own, prompt = [[0], [1]], [[0, 1, 2], [3, 4]]
+    assert passes == [*engines_own, *prompt, [5], *prompt, [5], [6]]
 
 
 def test_batch(model: CausalLM, passes: list[list[int]]) -> None:
@@ -93,6 +93,38 @@ def test_only_the_named_tokens_are_timed(model: CausalLM, monkeypatch: pytest.Mo
     for workload in (Workload(10, 0, 30), Workload(0, 10, 30), Workload(5, 5, 30)):
         assert Bench(model).run(workload, 2).speeds == [1.0, 1.0]
         assert Bench(model, batch_size=2).run(workload, 2).speeds == [1.0, 1.0]
+
+
+def test_first_run_is_told(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's very first run takes a second more a token, as if something were made that later ones find."""
+    clock, forward, seen = [0.0], CausalLM.forward, set()
+
+    def slow_at_first(self: CausalLM, tokens: Tensor, *rest: Any) -> Tensor:
+        clock[0] += len(tokens) * (1 if len(tokens) in seen else 2)
+        seen.add(len(tokens))
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(CausalLM, "forward", slow_at_first)
+    monkeypatch.setattr("gfxlm.engine.bench.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    bench = Bench(model)
+    warm = bench.run(Workload(10, 0), 2)
+    assert (warm.first, warm.speeds) == (0.5, [1.0, 1.0])
+    cold = bench.run(Workload(11, 0), 2, warm_up=False)
+    assert (cold.first, cold.speeds) == (0.5, [0.5, 1.0])
+    for generating in (Workload(0, 2), Workload(10, 2)):
+        assert bench.run(generating, 1).first is None
+
+
+def test_memory() -> None:
+    info = describe(Checkpoint.open(mlx_checkpoint("qwen3_next")))
+    held = info.resident_bytes + 2 * info.cache_bytes(100 + 1 + 9)
+    result = Result(Workload(0, 9, 100), 2, [1.0], peak_bytes=int(1.25 * held))
+    assert result.memory_share(info) == pytest.approx(1.25)
+    assert Result(Workload(0, 9), 1, [1.0]).memory_share(info) is None
+
+
+def test_nobody_counts_a_cpus_memory(model: CausalLM) -> None:
+    assert Bench(model).run(Workload(4, 0), 1).peak_bytes is None
 
 
 def test_statistics_and_rates() -> None:

@@ -14,6 +14,7 @@ from gfxlm.errors import UserError
 from gfxlm.models import model_class
 from gfxlm.models.base import CausalLM
 from gfxlm.models.load import load_model
+from gfxlm.nn.cache import KVFormat
 from gfxlm.ops.formats import Quantization
 from gfxlm.ops.ragged import ragged
 from gfxlm.weights.checkpoint import Checkpoint
@@ -119,6 +120,26 @@ def test_kv_cache_of_published_shapes(tmp_path: Path) -> None:
     assert hybrid.decode_bytes(1000) - hybrid.decode_bytes(0) == 1000 * hybrid.kv_bytes_per_token
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 64), (4, 32), (8, 128)])
+def test_quantised_kv_cache(bits: int, group_size: int, tmp_path: Path) -> None:
+    info = describe(headers(QWEN3_8B, tmp_path)).with_kv(KVFormat(bits, group_size))
+    per_head = 128 * bits // 8 + 128 // group_size * 2 * 2
+    assert info.kv_bytes_per_token == 36 * 2 * 8 * per_head
+    assert info.decode_bytes(1000) - info.decode_bytes(0) == 1000 * info.kv_bytes_per_token
+    assert info.cache_bytes(10) == 10 * info.kv_bytes_per_token
+    plain = info.with_kv(None)
+    assert plain.longest_context(8_000_000_000) < info.longest_context(8_000_000_000)
+
+
+def test_quantised_cache_is_the_one_that_is_made() -> None:
+    checkpoint = Checkpoint.open(mlx_checkpoint("qwen3_next"))
+    model = load_model(checkpoint).with_quantized_kv(4, 32)
+    info = describe(checkpoint).with_kv(KVFormat(4, 32))
+    assert info.cache_bytes(100) == model.make_cache(1, 100).nbytes
+    with pytest.raises(UserError, match="heads of 64 features cannot be quantised in groups of 128"):
+        info.with_kv(KVFormat(4, 128))
+
+
 _RECIPES = {
     "llama": ("dense", "4bit", "mixed_3_6"),
     "qwen2": ("dense", "8bit"),
@@ -197,7 +218,7 @@ def test_a_window_bounds_what_is_seen() -> None:
     sliding = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     checkpoint = Checkpoint.open(mlx_checkpoint("llama"))
     info = describe(Checkpoint(checkpoint.folder, checkpoint.config | sliding, checkpoint.tensors))
-    one = info.attention[0].kv_bytes
+    one = info.attention[0].kv_bytes(None)
     assert info.decode_bytes(10) - info.bytes_per_token == (4 + 10) * one
     free, windowed = describe(checkpoint), info
     lost = free.prefill_operations(6) - windowed.prefill_operations(6)
