@@ -27,10 +27,6 @@ BARS = {
     "matvec/24576x4096/affine4g64/bfloat16/m1": Bar(tb_s=2.9),
     "matvec/4096x12288/affine4g64/bfloat16/m1": Bar(tb_s=2.4),
     "matvec/151936x4096/affine4g64/bfloat16/m1": Bar(tb_s=3.3),
-    "skinny/4096x4096/affine4g64/bfloat16/m1": Bar(tb_s=1.8),
-    "skinny/24576x4096/affine4g64/bfloat16/m1": Bar(tb_s=2.9),
-    "skinny/4096x12288/affine4g64/bfloat16/m1": Bar(tb_s=2.4),
-    "skinny/151936x4096/affine4g64/bfloat16/m1": Bar(tb_s=3.3),
     # The experts' part of the block, whose bar has the router in it, too.
     "moe_decode/coder-next/affine4g64/bf16/t1": Bar(us=25),
     "moe_decode/coder-next/affine4g64/bf16/t8": Bar(us=90),

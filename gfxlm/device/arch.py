@@ -29,6 +29,9 @@ class Architecture:
     matrix: str = "none"  # wmma, mfma, mma, wgmma
     shared_bytes: int = 64 << 10  # of one program: LDS, or shared memory
     kernels: bool = True  # false where no Triton kernel of ours runs: plain torch does the work
+    early: bool = False  # starts a kernel before the one before it has ended
+    integrated: bool = False  # its memory is the host's
+    cache_line: int = 128  # bytes of a line of L2
     registers: int = 1024
     register_lot: int = 16  # registers are handed out in lots
     waves: int = 16  # at most on one SIMD
@@ -37,6 +40,12 @@ class Architecture:
     units: int = 0
     clock: float = 0.0
     bandwidth: float = 0.0
+    operations: int = 0  # of bf16 products, of one unit in a clock
+
+    @property
+    def matrix_rate(self) -> float:
+        """Operations a second of bf16 products on the example part, 0 where that is not known."""
+        return self.units * self.clock * 1e9 * self.operations
 
     @property
     def vendor(self) -> str:
@@ -59,17 +68,17 @@ class Architecture:
 _cdna = partial(
     Architecture, family="gfx9", wave=64, matrix="mfma", registers=512, register_lot=8, waves=8, pool_bytes=64 << 10
 )
-_rdna3 = partial(Architecture, family="gfx11", matrix="wmma")
+_rdna3 = partial(Architecture, family="gfx11", matrix="wmma", operations=512)
 _rdna3_large = partial(_rdna3, registers=1536, register_lot=24)
-_rdna4 = partial(Architecture, family="gfx12", matrix="wmma", registers=1536, register_lot=24)
+_rdna4 = partial(Architecture, family="gfx12", matrix="wmma", registers=1536, register_lot=24, operations=1024)
 _nvidia = partial(Architecture, matrix="mma")
 
 # Units, boost clock and bandwidth are AMD's own data sheets'; registers and their lots are LLVM's.
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
-        _cdna("gfx90a", example="MI250X, one die", units=110, clock=1.7, bandwidth=1638),
-        _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300),
+        _cdna("gfx90a", example="MI250X, one die", units=110, clock=1.7, bandwidth=1638, operations=1024),
+        _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300, operations=2048),
         _cdna(
             "gfx950",
             shared_bytes=160 << 10,
@@ -78,23 +87,24 @@ ARCHITECTURES = {
             units=256,
             clock=2.2,
             bandwidth=8000,
+            operations=4096,
         ),
         _rdna3_large("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
         _rdna3_large("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
         _rdna3("gfx1102", example="RX 7600", units=32, clock=2.66, bandwidth=288),
-        _rdna3("gfx1103", example="Radeon 780M", units=12, clock=2.7, bandwidth=120),
-        _rdna3("gfx1150", example="Radeon 890M", units=16, clock=2.9, bandwidth=120),
-        _rdna3_large("gfx1151", example="Radeon 8060S", units=40, clock=2.9, bandwidth=256),
-        _rdna3("gfx1152", example="Radeon 860M", units=8, clock=3.0, bandwidth=120),
+        _rdna3("gfx1103", integrated=True, example="Radeon 780M", units=12, clock=2.7, bandwidth=120),
+        _rdna3("gfx1150", integrated=True, example="Radeon 890M", units=16, clock=2.9, bandwidth=120),
+        _rdna3_large("gfx1151", integrated=True, example="Radeon 8060S", units=40, clock=2.9, bandwidth=256),
+        _rdna3("gfx1152", integrated=True, example="Radeon 860M", units=8, clock=3.0, bandwidth=120),
         _rdna4("gfx1200", example="RX 9060 XT", units=32, clock=3.13, bandwidth=320),
         _rdna4("gfx1201", example="R9700", units=64, clock=2.92, bandwidth=640),
         Architecture("gfx1030", "gfx10", kernels=False, example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),
         _nvidia("sm_80", "sm_80", shared_bytes=163 << 10),
         _nvidia("sm_86", "sm_80", shared_bytes=99 << 10),
         _nvidia("sm_89", "sm_80", shared_bytes=99 << 10),
-        _nvidia("sm_90", "sm_90", matrix="wgmma", shared_bytes=227 << 10),
-        _nvidia("sm_100", "sm_90", shared_bytes=227 << 10),
-        _nvidia("sm_120", "sm_80", shared_bytes=99 << 10),
+        _nvidia("sm_90", "sm_90", matrix="wgmma", shared_bytes=227 << 10, early=True),
+        _nvidia("sm_100", "sm_90", shared_bytes=227 << 10, early=True),
+        _nvidia("sm_120", "sm_80", shared_bytes=99 << 10, early=True),
     )
 }
 AMD = tuple(name for name in ARCHITECTURES if name.startswith("gfx"))
@@ -132,25 +142,33 @@ def _detect(device: torch.device) -> Architecture:
         return named(name)
     if device.type != "cuda":
         return PORTABLE
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    else:
-        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    arch = recognized(name)
+    arch = recognized(gpu_name(device))
     if arch.kernels and importlib.util.find_spec("triton") is None:
         warnings.warn("triton is not installed: plain torch does the work, slowly", stacklevel=2)
         return replace(arch, kernels=False)
     return arch
 
 
+def gpu_name(device: torch.device | int) -> str:
+    """What one of torch's GPUs calls itself: gfx1151, sm_90."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def recognized(name: str) -> Architecture:
     """The architecture of a GPU that calls itself so; what is not known, or has no kernels, is warned of."""
-    arch = ARCHITECTURES.get(name) or _like(name)
+    arch = likely(name)
     if not arch.kernels:
         warnings.warn(f"there are no kernels for {name}: plain torch does the work, slowly", stacklevel=3)
     elif name not in ARCHITECTURES:
         warnings.warn(f"{name} is not known: it is treated as its relatives are", stacklevel=3)
     return arch
+
+
+def likely(name: str) -> Architecture:
+    """The architecture of a GPU that calls itself so, in silence."""
+    return ARCHITECTURES.get(name) or _like(name)
 
 
 def _like(name: str) -> Architecture:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from gfxlm.device.arch import Architecture, assume
+from gfxlm.device.arch import Architecture, architecture, assume
 
 Value = Tensor | int | float | None
 
@@ -36,7 +36,7 @@ class Launch:
 
     def run(self) -> None:
         """Start it on the device of its first tensor."""
-        device = next(a.device for a in self.arguments if isinstance(a, Tensor))
+        device = _device(self.arguments)
         if not isinstance(self.kernel, JITFunction):  # Triton's interpreter has no compiler to be told anything
             self.kernel[self.grid](*self.arguments, **self.constants)
         elif device.index == torch.cuda.current_device():
@@ -115,6 +115,10 @@ def _kind(argument: Value) -> Any:
     return type(argument), argument if isinstance(argument, bool) else None
 
 
+def _device(arguments: Sequence[Value]) -> torch.device:
+    return next(argument.device for argument in arguments if isinstance(argument, Tensor))
+
+
 @functools.lru_cache(maxsize=1024)
 def _binder(kernel: Any, target: GPUTarget) -> Any:
     return create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
@@ -126,9 +130,13 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 def launch(
     kernel: Any, grid: Sequence[int], *arguments: Value, options: dict[str, Any] | None = None, **constants: Any
 ) -> None:
-    """Start `kernel` over `grid`: run-time arguments by position, constants by name."""
-    # Said aloud, because Triton's default is about to change.
-    started = Launch(kernel, tuple(grid), arguments, constants, {"enable_fp_fusion": True, **(options or {})})
+    """Start `kernel` over `grid`: run-time arguments by position, constants by name, all but `early` (see there)."""
+    options = {"enable_fp_fusion": True, **(options or {})}  # said aloud, because Triton's default is about to change
+    if "early" in kernel.arg_names:
+        constants["early"] = architecture(_device(arguments)).early
+        if constants["early"]:
+            options["launch_pdl"] = True
+    started = Launch(kernel, tuple(grid), arguments, constants, options)
     recorded = _recorded.get()
     if recorded is None:
         started.run()

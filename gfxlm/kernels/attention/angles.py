@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 
@@ -18,10 +19,13 @@ def angles_kernel(
     scale: tl.constexpr,
     magnitude: tl.constexpr,
     half: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """BLOCK_N positions."""
+    before_the_next(early)
+    after_the_last(early)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_h = tl.arange(0, BLOCK_H)
     b_position = tl.load(p_positions + o_n, mask=o_n < N, other=0).to(tl.float32) * scale

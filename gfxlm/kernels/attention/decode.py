@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gfxlm.kernels.attention.early import after_the_last
 from gfxlm.kernels.attention.join import join_kernel, share
 from gfxlm.kernels.attention.store import Store, facts, strides
 from gfxlm.kernels.attention.walk import begin, gated, load_query, walk
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -107,6 +107,7 @@ def decode_kernel(
         True, BLOCK_N,
     )  # fmt: skip
 
+    before_the_next(early)
     b_max, b_sum = state[0], state[1]
     o_out = o_row * heads + o_head
     o_part = o_out * splits + i_split
@@ -162,6 +163,7 @@ def decode(
         head_size=max(head_size, dv),
         rows=pack * queries,
         bits=bits,
+        paged=pages is not None,
         dtype=str(q.dtype)[6:],
     )
     programs = sequences * (heads // pack)
@@ -191,7 +193,6 @@ def decode(
         bits=bits,
         group_size=group_size,
         page_size=0 if pages is None else k.shape[1],
-        early=sizes["options"].get("launch_pdl", False),
         BLOCK_D=max(16, next_power_of_2(head_size)),
         BLOCK_DV=max(16, next_power_of_2(dv)),
         CHUNK=min(sizes.get("CHUNK", 1024), max(16, next_power_of_2(head_size))),
@@ -205,7 +206,6 @@ def decode(
             (cdiv(dv, block_dv), heads, n),
             out, parts, tops, positions, slots, gate, *gate_strides,
             options=sizes["join"],
-            early=sizes["join"].get("launch_pdl", False),
             BLOCK_S=next_power_of_2(splits),
             BLOCK_DV=block_dv,
             **shared,

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from gfxlm.kernels.attention.early import after_the_last
 from gfxlm.kernels.attention.walk import gated
+from gfxlm.kernels.early import after_the_last, before_the_next
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def join_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """Join the splits of one head and row, as far as it has keys; zeros for a row without a slot."""
+    before_the_next(early)
     after_the_last(early)
     i_head, i_row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)

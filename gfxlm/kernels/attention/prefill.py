@@ -202,6 +202,7 @@ def prefill(
         rows=batch.longest * pack,
         bits=bits,
         masked=mask is not None,
+        paged=pages is not None,
         dtype=str(q.dtype)[6:],
     )
     block_m = sizes["BLOCK_M"]

@@ -1,12 +1,13 @@
-"""What the attention kernels share: how keys and values are found and read, and the walk of the running softmax.
+"""What the attention kernels share: how keys and values are read, and the walk of the running softmax.
 
 A store is a tuple: pointers to numbers or codes and to pairs of scale and bias, then strides of slot, key and head as
-`store.strides` gives them.
-With pages, a slot of the store is a page, and a table (slots, n_pages) says where a sequence's pages are.
+`store.strides` gives them. `places` says where in it keys are.
 """
 
 import triton
 import triton.language as tl
+
+from gfxlm.kernels.attention.places import locate, page_at
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -16,21 +17,6 @@ def _dot(a, b, acc):
     if _INTERPRETED:  # where bf16 is its bits to a product
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _locate(store, pages, slot, i_head, start, last, page_size: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of the keys from `start` on: one for all of them (int64), and one for each."""
-    stride_slot, stride_key, stride_head = store[2], store[3], store[4]
-    o_n = tl.arange(0, BLOCK_N)
-    first = i_head.to(tl.int64) * stride_head
-    if page_size == 0:
-        return first + slot.to(tl.int64) * stride_slot + tl.cast(start, tl.int64) * stride_key, o_n * stride_key
-    else:
-        o_key = start + o_n
-        p_page = pages[0] + slot.to(tl.int64) * pages[1] + o_key // page_size
-        page = tl.load(p_page, mask=o_key < last, other=0).to(tl.int64)
-        return first, page * stride_slot + (o_key % page_size).to(tl.int64) * stride_key
 
 
 @triton.jit
@@ -52,14 +38,15 @@ def _load_pairs(p_pairs, o_pairs, m_pairs, dtype: tl.constexpr):
 def _load_tile(
     store, pages, slot, i_head, start, last, begin,
     half: tl.constexpr, dtype: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, columns: tl.constexpr,
-    bits: tl.constexpr, group_size: tl.constexpr, page_size: tl.constexpr, masked: tl.constexpr, BLOCK_N: tl.constexpr,
+    bits: tl.constexpr, group_size: tl.constexpr, page_size: tl.constexpr, in_one: tl.constexpr,
+    masked: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_N, WIDTH) of the keys from `start` on: of each one's numbers or bytes those from `begin` on.
 
     Zeros beyond all the columns and, if `masked`, from the key `last` on. Bytes of two codes give the lower or upper
     `half` of them.
     """
-    first, o_rows = _locate(store, pages, slot, i_head, start, last, page_size, BLOCK_N)
+    first, o_rows = locate(store, pages, slot, i_head, start, last, page_size, in_one, BLOCK_N)
     m_rows = start + tl.arange(0, BLOCK_N) < last
     o_c = begin + tl.arange(0, WIDTH)
     unit: tl.constexpr = 1 if bits == 16 else columns
@@ -154,13 +141,21 @@ def walk(
     WIDTH_V: tl.constexpr = BLOCK_DV // halves
     columns: tl.constexpr = WIDTH if bits == 4 else D
     columns_v: tl.constexpr = WIDTH_V if bits == 4 else DV
+    # Tiles begin at multiples of their size, but for those of a window.
+    in_one: tl.constexpr = page_size == 0 or (page_size % BLOCK_N == 0 and window == 0)
+    paged: tl.constexpr = in_one and page_size > 0
+    place = slot
+    if paged:
+        place = page_at(pages, slot, first, last, page_size)
     for start in range(first, last, BLOCK_N):
+        if paged:  # a tile ahead, or the loads of keys would wait for it
+            following = page_at(pages, slot, start + BLOCK_N, last, page_size)
         b_scores = tl.zeros([b_max.shape[0], BLOCK_N], tl.float32)
         if CHUNK >= BLOCK_D:
             for half in tl.static_range(halves):
                 b_k = _load_tile(
-                    keys, pages, slot, i_head, start, last, 0, half,
-                    dtype, D, WIDTH, columns, bits, group_size, page_size, hiding, BLOCK_N,
+                    keys, pages, place, i_head, start, last, 0, half,
+                    dtype, D, WIDTH, columns, bits, group_size, page_size, in_one, hiding, BLOCK_N,
                 )  # fmt: skip
                 b_scores = _dot(query[half], tl.trans(b_k), b_scores)
         else:
@@ -170,8 +165,8 @@ def walk(
                     o_d = begin + half * WIDTH + tl.arange(0, CHUNK // halves)
                     b_q = tl.load(query[0] + o_d[None, :], mask=query[1][:, None] & (o_d < D)[None, :], other=0.0)
                     b_k = _load_tile(
-                        keys, pages, slot, i_head, start, last, begin, half,
-                        dtype, D, CHUNK // halves, columns, bits, group_size, page_size, hiding, BLOCK_N,
+                        keys, pages, place, i_head, start, last, begin, half,
+                        dtype, D, CHUNK // halves, columns, bits, group_size, page_size, in_one, hiding, BLOCK_N,
                     )  # fmt: skip
                     b_scores = _dot(b_q, tl.trans(b_k), b_scores)
         if hiding:
@@ -194,16 +189,18 @@ def walk(
         b_weights, b_max, b_sum, b_decay = _soften(b_scores, b_max, b_sum, factor, added)
         b_weights = b_weights.to(dtype)
         b_v = _load_tile(
-            values, pages, slot, i_head, start, last, 0, 0,
-            dtype, DV, WIDTH_V, columns_v, bits, group_size, page_size, hiding, BLOCK_N,
+            values, pages, place, i_head, start, last, 0, 0,
+            dtype, DV, WIDTH_V, columns_v, bits, group_size, page_size, in_one, hiding, BLOCK_N,
         )  # fmt: skip
         b_acc = _dot(b_weights, b_v, b_acc * b_decay[:, None])
         if bits == 4:
             b_v = _load_tile(
-                values, pages, slot, i_head, start, last, 0, 1,
-                dtype, DV, WIDTH_V, columns_v, bits, group_size, page_size, hiding, BLOCK_N,
+                values, pages, place, i_head, start, last, 0, 1,
+                dtype, DV, WIDTH_V, columns_v, bits, group_size, page_size, in_one, hiding, BLOCK_N,
             )  # fmt: skip
             b_upper = _dot(b_weights, b_v, b_upper * b_decay[:, None])
+        if paged:
+            place = following
     return b_max, b_sum, b_acc, b_upper
 
 

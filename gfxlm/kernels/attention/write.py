@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gfxlm.kernels.attention.early import after_the_last
 from gfxlm.kernels.attention.put import put
 from gfxlm.kernels.attention.store import Quantized, Store, strides
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -118,6 +118,7 @@ def qkv_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """BLOCK_R pairs of row and head: first those of q, then those of k, then those of v."""
+    before_the_next(early)
     after_the_last(early)
     q_blocks, kv_blocks = tl.cdiv(N * q_heads, BLOCK_R), tl.cdiv(N * kv_heads, BLOCK_R)
     i_block = tl.program_id(0)
@@ -206,7 +207,6 @@ def write(
         bits=keys.bits if isinstance(keys, Quantized) else 16,
         group_size=keys.group_size if isinstance(keys, Quantized) else 1,
         page_size=0 if pages is None else keys.shape[1],
-        early=sizes["options"].get("launch_pdl", False),
         BLOCK_D=next_power_of_2(head_size),
         BLOCK_DV=next_power_of_2(v.shape[2]),
         BLOCK_R=block,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.basic.rows import row_offset, rows
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -20,11 +21,14 @@ def softmax_kernel(
     x_outer,
     x_step,
     D,
+    early: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # a row fits into BLOCK
 ):
     """ROWS rows. A row that does not fit into BLOCK is read three times: for its maximum, its sum, and its result."""
+    before_the_next(early)
+    after_the_last(early)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = (o_row < n_rows)[:, None]
     p_x += row_offset(o_row, x_inner, x_outer, x_step)[:, None]
@@ -67,10 +71,13 @@ def swiglu_kernel(
     x_step,
     D,
     n_blocks,
+    early: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows and BLOCK columns of silu(gate) * x."""
+    before_the_next(early)
+    after_the_last(early)
     o_row = (tl.program_id(0) // n_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_d = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (o_row < n_rows)[:, None] & (o_d < D)

@@ -13,6 +13,7 @@ from gfxlm.kernels.basic.keys import NOTHING, ordered, pack, packed_index, unord
 from gfxlm.kernels.basic.random import splitmix64
 from gfxlm.kernels.basic.sampling import scores
 from gfxlm.kernels.basic.threshold import INF, ROW, UNIT, asked_of, count_kernel, narrowed, reached, stats_kernel
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -33,10 +34,13 @@ def split_kernel(
     logits_row,
     fp32_row,
     int64_row,
+    early: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Of BLOCK tokens of a row, draw one of those that are kept for sure and list those in doubt."""
+    before_the_next(early)
+    after_the_last(early)
     i_row = tl.program_id(1).to(tl.int64)
     slot = tl.load(p_slots + i_row)
     p_row += i_row * ROW
@@ -96,10 +100,13 @@ def settle_kernel(
     logits_row,
     fp32_row,
     int64_row,
+    early: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Find a row's threshold among the tokens in doubt, and draw from those that it keeps and those kept for sure."""
+    before_the_next(early)
+    after_the_last(early)
     i_row = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_slots + i_row)
     p_row += i_row * ROW

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.basic.rows import row_offset, rows
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -31,11 +32,10 @@ def _inverse_root(square, count: tl.constexpr, eps: tl.constexpr):
 
 
 @triton.jit
-def _write(b_x, scale, p_gate, p_weight, p_y, o_d, m_d, mask, rounded: tl.constexpr):
+def _write(b_x, scale, b_weight, p_gate, p_y, o_d, mask, rounded: tl.constexpr):
     b_y = (b_x * scale[:, None]).to(rounded).to(tl.float32)
-    if p_weight is not None:
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_y = (b_y * b_weight).to(rounded).to(tl.float32)
+    if b_weight is not None:
+        b_y = (b_y * b_weight.to(tl.float32)).to(rounded).to(tl.float32)
     if p_gate is not None:
         b_gate = tl.load(p_gate + o_d, mask=mask, other=0.0).to(tl.float32)
         b_y *= b_gate / (1.0 + tl.exp(-b_gate))
@@ -64,10 +64,13 @@ def rms_norm_kernel(
     count: tl.constexpr,  # what the sum of squares is divided by: D, or 1 for the l2 norm
     eps: tl.constexpr,
     rounded: tl.constexpr,  # the type of the sum, and of the norm before and after its weight
+    early: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows, BLOCK columns at a time; of a row that fits into BLOCK every number is read once."""
+    before_the_next(early)
+    after_the_last(early)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = (o_row < n_rows)[:, None]
     p_x += row_offset(o_row, x_inner, x_outer, x_step)[:, None]
@@ -81,10 +84,13 @@ def rms_norm_kernel(
     if D <= BLOCK:
         m_d = o_block < D
         b_x = _values(p_x, p_residual, o_block, m_row & m_d, rounded)  # (ROWS, BLOCK)
+        b_weight = None
+        if p_weight is not None:  # on its way while the squares are summed
+            b_weight = tl.load(p_weight + o_block, mask=m_d, other=0.0)
         if p_sum is not None:
             tl.store(p_sum + o_block, b_x.to(p_sum.dtype.element_ty), mask=m_row & m_d)
         scale = _inverse_root(tl.sum(b_x * b_x, 1), count, eps)  # (ROWS,)
-        _write(b_x, scale, p_gate, p_weight, p_y, o_block, m_d, m_row & m_d, rounded)
+        _write(b_x, scale, b_weight, p_gate, p_y, o_block, m_row & m_d, rounded)
     else:
         b_square = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, D, BLOCK):
@@ -99,7 +105,10 @@ def rms_norm_kernel(
             o_d = start + o_block
             m_d = o_d < D
             b_x = _values(p_x, p_residual, o_d, m_row & m_d, rounded)
-            _write(b_x, scale, p_gate, p_weight, p_y, o_d, m_d, m_row & m_d, rounded)
+            b_weight = None
+            if p_weight is not None:
+                b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+            _write(b_x, scale, b_weight, p_gate, p_y, o_d, m_row & m_d, rounded)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -114,10 +123,13 @@ def layer_norm_kernel(
     x_step,
     D: tl.constexpr,
     eps: tl.constexpr,
+    early: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows, BLOCK columns at a time; a row is read again for its variance and its result, from the cache."""
+    before_the_next(early)
+    after_the_last(early)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = (o_row < n_rows)[:, None]
     p_x += row_offset(o_row, x_inner, x_outer, x_step)[:, None]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gfxlm.kernels.basic.keys import NOTHING, ordered, pack, packed_index
 from gfxlm.kernels.basic.random import gumbel, splitmix64
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -39,9 +40,12 @@ def draw_kernel(
     logits_row,
     fp32_row,
     int64_row,
+    early: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The winner among BLOCK tokens of a row."""
+    before_the_next(early)
+    after_the_last(early)
     i_block = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)
     slot = tl.load(p_slots + i_row)
@@ -68,9 +72,12 @@ def draw_best_kernel(
     p_out,  # int64 (R,)
     n_blocks,
     fp32_row,
+    early: tl.constexpr,
     BLOCK: tl.constexpr,  # not less than n_blocks
 ):
     """The winner among a row's blocks, -1 where the largest logit is not finite."""
+    before_the_next(early)
+    after_the_last(early)
     i_row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(p_fp32 + tl.load(p_slots + i_row) * fp32_row)
     o_block = tl.arange(0, BLOCK)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.kernels.basic.keys import FINITE, NOTHING, ordered, pack, packed_index, packed_key
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -34,10 +35,13 @@ def select_kernel(
     smallest: tl.constexpr,
     finite: tl.constexpr,
     whole: tl.constexpr,
+    early: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The best of BLOCK columns of ROWS rows."""
+    before_the_next(early)
+    after_the_last(early)
     i_block = tl.program_id(0) % n_blocks
     o_row = (tl.program_id(0) // n_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_d = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -55,8 +59,10 @@ def select_kernel(
 
 
 @triton.jit
-def best_kernel(p_packed, p_out, n_blocks, finite: tl.constexpr, BLOCK: tl.constexpr):
+def best_kernel(p_packed, p_out, n_blocks, finite: tl.constexpr, early: tl.constexpr, BLOCK: tl.constexpr):
     """The best of a row's blocks: packed int64 (n_rows, n_blocks) to the index, int64 (n_rows,)."""
+    before_the_next(early)
+    after_the_last(early)
     i_row = tl.program_id(0).to(tl.int64)
     b_best = tl.full([BLOCK], NOTHING, tl.int64)
     for start in range(0, n_blocks, BLOCK):

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import cdiv
 from gfxlm.kernels.tuning import config
@@ -66,9 +67,12 @@ def slice_update_kernel(
     step_3,
     reduce: tl.constexpr,
     n_starts: tl.constexpr,
+    early: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK entries of the window."""
+    before_the_next(early)
+    after_the_last(early)
     o_entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_entry < size
     o_entry = o_entry.to(size.dtype)  # divisions are cheaper in 32 bits, where those are enough

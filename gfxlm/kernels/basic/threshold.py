@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gfxlm.kernels.basic.keys import NOTHING
+from gfxlm.kernels.early import after_the_last, before_the_next
 
 UNIT = tl.constexpr(2.0**40)  # probability one, as an integer
 INF = tl.constexpr(float("inf"))
@@ -80,10 +81,13 @@ def stats_kernel(
     V,
     n_blocks,
     logits_row,
+    early: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics of BLOCK logits of a row."""
+    before_the_next(early)
+    after_the_last(early)
     i_block = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)
     tokens = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -114,12 +118,15 @@ def count_kernel(
     fp32_row,
     int64_row,
     look: tl.constexpr,  # 0 or 1
+    early: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCKS: tl.constexpr,  # not less than n_blocks
 ):
     """Mass and count of BLOCK tokens of a row from each level upwards, added to the row's."""
+    before_the_next(early)
+    after_the_last(early)
     i_block = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)
     slot = tl.load(p_slots + i_row)

@@ -19,6 +19,10 @@ _SHAPES = (
     (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096), (12352, 2048), (512, 2048), (5120, 2048),
 )  # fmt: skip
 _HEADLINES = ((4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
+_HEADLINE_PRODUCTS = {
+    *(("matvec", 1, shape) for shape in _HEADLINES),
+    ("skinny", 8, (4096, 4096)),
+}
 _FORMATS: tuple[_Format, ...] = (
     (2, 64, "affine"), (3, 64, "affine"), (4, 32, "affine"), (4, 128, "affine"), (5, 64, "affine"), (6, 64, "affine"),
     (8, 64, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4"), (8, 32, "mxfp8"),
@@ -53,8 +57,7 @@ def _product(op: str, m: int, shape: tuple[int, int], kind: _Format, dtype: torc
     n, k = shape
     name = f"{op}/{n}x{k}/{_name(kind)}/{str(dtype).removeprefix('torch.')}/m{m}"
     nbytes = n * k * bits // 8 + n * k // group_size * _scale_bytes(mode, dtype)
-    headline = kind == _AFFINE4 and dtype == BF16 and m == 1 and op == "matvec" and shape in _HEADLINES
-    headline |= (op, m, shape) == ("skinny", 16, (4096, 4096)) and kind == _AFFINE4
+    headline = kind == _AFFINE4 and dtype == BF16 and (op, m, shape) in _HEADLINE_PRODUCTS
     return Case(name, partial(_call, op, m, shape, kind, dtype), nbytes, 2 * m * n * k, headline)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gfxlm.kernels.delta.formulas import decay, inverse_root, sigmoid, silu
 from gfxlm.kernels.delta.tables import tuned
-from gfxlm.kernels.early import after_the_last
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.sizes import next_power_of_2
 
@@ -117,6 +117,7 @@ def delta_step_kernel(
         tl.store(p_s + i * BLOCK_V * k_dim, b_s, mask=m_k & (o_v + i * BLOCK_V < v_dim))
         b_y = tl.where(o_tile == i, tl.sum(tl.sum(b_s * b_q, 0), 1)[None, :], b_y)
 
+    before_the_next(early)
     b_y *= inverse_root(tl.sum(tl.sum(b_y * b_y, 1), 0) / v_dim + eps)
     b_y *= b_norm.to(tl.float32) * silu(b_z.to(tl.float32))
     tl.store(p_y + (i_row * v_heads + i_head) * v_dim + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)

@@ -35,14 +35,29 @@ def load_scales(p_scales, p_biases, offsets, mask, layout: tl.constexpr):
 
     For a pair, p_scales is `Packed.pairs` and p_biases is not read; nor is it for the float modes.
     """
+    return scale_values(load_stored(p_scales, p_biases, offsets, mask, layout), layout)
+
+
+@triton.jit
+def load_stored(p_scales, p_biases, offsets, mask, layout: tl.constexpr):
+    """`load_scales` before any arithmetic: a tuple for `scale_values`."""
     other: tl.constexpr = None if mask is None else 0
+    scales = tl.load(p_scales + offsets, mask=mask, other=other)
     if layout == "apart":
-        scales = tl.load(p_scales + offsets, mask=mask, other=other).to(tl.float32)
-        return scales, tl.load(p_biases + offsets, mask=mask, other=other).to(tl.float32)
-    elif layout == "bfloat16" or layout == "float16":
-        return split_pair(tl.load(p_scales + offsets, mask=mask, other=other), layout)
+        return scales, tl.load(p_biases + offsets, mask=mask, other=other)
     else:
-        scales = float_scale(tl.load(p_scales + offsets, mask=mask, other=other), layout)
+        return (scales,)
+
+
+@triton.jit
+def scale_values(stored, layout: tl.constexpr):
+    """Scale and bias as fp32 of what `load_stored` read."""
+    if layout == "apart":
+        return stored[0].to(tl.float32), stored[1].to(tl.float32)
+    elif layout == "bfloat16" or layout == "float16":
+        return split_pair(stored[0], layout)
+    else:
+        scales = float_scale(stored[0], layout)
         return scales, tl.zeros_like(scales)
 
 

@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.device.arch import architecture
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.inline import dot2_type
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.codes import load_unit, scale_arguments
-from gfxlm.kernels.linear.units import load_inputs, unit_products
+from gfxlm.kernels.linear.units import load_inputs, unit_products, unit_scales
 from gfxlm.kernels.packed import Packed
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
 from gfxlm.kernels.tuning import config
@@ -26,6 +27,18 @@ def _row(i, n_out, first, swiglu: tl.constexpr):
         return tl.minimum(first + i // 2, n_out - 1).to(tl.int64) + i % 2 * n_out
     else:
         return tl.minimum(first + i, n_out - 1).to(tl.int64)
+
+
+@triton.jit
+def _load_row(
+    p_words, p_scales, p_biases, row, o_u, stride_row, stride_group,
+    n_units: tl.constexpr, bits: tl.constexpr, group_size: tl.constexpr, layout: tl.constexpr,
+):  # fmt: skip
+    """Words and scales of units o_u (1, U) of a row."""
+    # A unit is `bits` words: what divides those of a row also divides its beginning.
+    p_row = tl.multiple_of(p_words + row * (n_units * bits), [4 * (bits & -bits)])
+    words = load_unit(p_row, o_u * bits, None, bits)
+    return words, unit_scales(p_scales, p_biases, row * stride_row, o_u * 32, stride_group, group_size, layout)
 
 
 @triton.jit
@@ -60,43 +73,58 @@ def matvec_kernel(
     layout: tl.constexpr,
     native: tl.constexpr,
     swiglu: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """BLOCK_M rows of x times BLOCK_N rows of w, BLOCK_U units of each at a time."""
+    """BLOCK_M rows of x times BLOCK_N rows of w, BLOCK_U units of each at a time, those of w one step AHEAD."""
     n_units: tl.constexpr = K // 32
     n_out = N // 2 if swiglu else N
     step: tl.constexpr = BLOCK_N // 2 if swiglu else BLOCK_N
     m_blocks = tl.cdiv(M, BLOCK_M)  # next to each other, so that the second to read a weight finds it in the cache
     i_m = tl.program_id(0) % m_blocks * BLOCK_M
     i_n = tl.program_id(0) // m_blocks * step
+    after_the_last(early)
     acc = ()
     for _ in tl.static_range(BLOCK_M * BLOCK_N):
         acc = acc + (tl.zeros([1, BLOCK_U], tl.float32),)  # noqa: RUF005
+    o_block = tl.arange(0, BLOCK_U)[None, :]
+    rows = ()
+    if AHEAD:
+        for i in tl.static_range(BLOCK_N):
+            row = _load_row(
+                p_words, p_scales, p_biases, _row(i, n_out, i_n, swiglu), tl.minimum(o_block, n_units - 1),
+                stride_row, stride_group, n_units, bits, group_size, layout,
+            )  # fmt: skip
+            rows = rows + (row,)  # noqa: RUF005
     for start in range(0, n_units, BLOCK_U):
-        # Units past the end are read again, not masked; their inputs are zeros.
-        o_u = start + tl.arange(0, BLOCK_U)[None, :]
+        o_u = start + o_block
         m_u = o_u < n_units if n_units % BLOCK_U else None
         if n_units % BLOCK_U:
             o_u = tl.minimum(o_u, n_units - 1)
+        o_w = tl.minimum(start + BLOCK_U + o_block, n_units - 1) if AHEAD else o_u
         blocks = ()
         for m in tl.static_range(BLOCK_M):
             p_row = p_x + tl.minimum(i_m + m, M - 1).to(tl.int64) * stride_x
             blocks = blocks + (load_inputs(p_row, o_u * 32, m_u),)  # noqa: RUF005
-        sums = ()
+        sums, following = (), ()
         for i in tl.static_range(BLOCK_N):
-            row = _row(i, n_out, i_n, swiglu)
-            # A unit is `bits` words: what divides those of a row also divides its beginning.
-            p_row = tl.multiple_of(p_words + row * (n_units * bits), [4 * (bits & -bits)])
-            words = load_unit(p_row, o_u * bits, None, bits)
+            row = _load_row(
+                p_words, p_scales, p_biases, _row(i, n_out, i_n, swiglu), o_w, stride_row, stride_group,
+                n_units, bits, group_size, layout,
+            )  # fmt: skip
+            if AHEAD:
+                following = following + (row,)  # noqa: RUF005
+                row = rows[i]
             for m in tl.static_range(BLOCK_M):
-                products = unit_products(
-                    words, blocks[m], p_scales, p_biases, row * stride_row, o_u * 32, stride_group,
-                    bits, group_size, mode, layout, native,
-                )  # fmt: skip
+                products = unit_products(row[0], blocks[m], row[1], bits, group_size, mode, layout, native)
                 sums = sums + (acc[i * BLOCK_M + m] + products,)  # noqa: RUF005
         acc = sums
+        if AHEAD:
+            rows = following
+    before_the_next(early)
     for m in tl.static_range(BLOCK_M):
         o_m = (i_m + m).to(tl.int64)
         y = tl.reshape(tl.sum(_stack(acc, m, BLOCK_M, BLOCK_N), 1), [BLOCK_N])
@@ -158,5 +186,6 @@ def matvec(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_U=min(next_power_of_2(columns // 32), chosen["block_u"]),
+        AHEAD=chosen.get("ahead", False),
     )
     return y

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.linear.codes import code_value, load_codes, load_scales, scale_arguments
 from gfxlm.kernels.packed import Packed
@@ -27,9 +28,12 @@ def rows_kernel(
     group_size: tl.constexpr,
     mode: tl.constexpr,
     layout: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_K columns of one row."""
+    before_the_next(early)
+    after_the_last(early)
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     i_y = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.minimum(tl.maximum(tl.load(p_indices + i_y).to(tl.int64), 0), N - 1)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gfxlm.device.arch import architecture
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.codes import load_scales, scale_arguments
@@ -51,6 +52,7 @@ def skinny_kernel(
     dtype: tl.constexpr,
     native: tl.constexpr,
     swiglu: tl.constexpr,
+    early: tl.constexpr,
     CODES: tl.constexpr,
     SPLITS: tl.constexpr,
     SPANS: tl.constexpr,
@@ -76,6 +78,7 @@ def skinny_kernel(
     m_blocks = tl.cdiv(M, m_rows)
     i_m = tl.program_id(0) % m_blocks * m_rows
     i_n = tl.program_id(0) // m_blocks * step
+    after_the_last(early)
     # One axis, from the fastest on: four lanes of a quad, eight rows, splits of K, blocks of eight rows. Triton deals
     # it out to lanes, warps and registers in that order, as the operands have it.
     o_w = tl.arange(0, rows * SPLITS * 4)
@@ -123,6 +126,7 @@ def skinny_kernel(
     if p_residual is not None:
         y += tl.load(p_residual + o_m * stride_residual + o_n, mask=m_y, other=0.0).to(tl.float32)
     tl.store(p_y + o_m * n_out + o_n, y.to(p_y.dtype.element_ty), mask=m_y)
+    before_the_next(early)
 
 
 def skinny(

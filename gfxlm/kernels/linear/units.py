@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gfxlm.kernels.inline import mantissa
-from gfxlm.kernels.linear.codes import code_value, load_scales, unit_code
+from gfxlm.kernels.linear.codes import code_value, load_stored, scale_values, unit_code
 from gfxlm.kernels.linear.pairs import as_float16, e2m1_dot, pair_inputs, pair_sums, unit_dot
 
 
@@ -99,14 +99,28 @@ def nibble_dot(words, inputs, native: tl.constexpr):
 
 
 @triton.jit
-def unit_products(
-    words,  # units' words, tuple of (1, U)
-    inputs,  # their inputs, tuple of (1, U)
+def unit_scales(
     p_scales,
     p_biases,
     o_scales,  # where the row's scales begin
     o_k,  # (1, U)
     stride_group,
+    group_size: tl.constexpr,
+    layout: tl.constexpr,
+):
+    """What is stored of the scales of units that begin at o_k, as `unit_products` takes it: a tuple for each group."""
+    stored = ()
+    for first in tl.static_range(0, 32, min(group_size, 32)):
+        o_group = o_scales + (o_k + first) // group_size * stride_group
+        stored = stored + (load_stored(p_scales, p_biases, o_group, None, layout),)  # noqa: RUF005
+    return stored
+
+
+@triton.jit
+def unit_products(
+    words,  # units' words, tuple of (1, U)
+    inputs,  # their inputs, tuple of (1, U)
+    stored,  # `unit_scales`
     bits: tl.constexpr,
     group_size: tl.constexpr,
     mode: tl.constexpr,
@@ -118,13 +132,12 @@ def unit_products(
     products = tl.zeros_like(words[0]).to(tl.float32)
     if mode == "mxfp8" or native == "" or native == "ptx" or inputs[0].dtype == tl.float32:
         if mode == "affine" and bits == 4 and inputs[0].dtype != tl.float32:
-            scales, biases = load_scales(p_scales, p_biases, o_scales + o_k // group_size * stride_group, None, layout)
+            scales, biases = scale_values(stored[0], layout)
             dot, total = nibble_dot(words, inputs, native)
             return scales * dot + biases * total
         else:
             for first in tl.static_range(0, 32, part):
-                o_group = o_scales + (o_k + first) // group_size * stride_group
-                scales, biases = load_scales(p_scales, p_biases, o_group, None, layout)
+                scales, biases = scale_values(stored[first // part], layout)
                 dot, total = part_dot(words, inputs, first, part, bits, mode, native)
                 products = products + scales * dot + biases * total
             return products
@@ -135,12 +148,11 @@ def unit_products(
             inputs, power = as_float16(inputs)
         pairs = pair_inputs(inputs, bits)
         if mode == "affine":
-            scales, biases = load_scales(p_scales, p_biases, o_scales + o_k // group_size * stride_group, None, layout)
+            scales, biases = scale_values(stored[0], layout)
             total, offset = pair_sums(pairs, bits, dtype, native)
             products = scales * unit_dot(words, pairs, offset, bits, dtype, native) + biases * total
         else:
             for first in tl.static_range(0, 32, part):
-                o_group = o_scales + (o_k + first) // group_size * stride_group
-                scales, _ = load_scales(p_scales, p_biases, o_group, None, layout)
+                scales, _ = scale_values(stored[first // part], layout)
                 products += scales * e2m1_dot(words, pairs, first // 8, part // 8, dtype, native)
         return products * power if scaled else products

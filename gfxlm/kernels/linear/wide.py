@@ -10,6 +10,7 @@ from torch import Tensor
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.deal import deal, tile_sums
+from gfxlm.kernels.linear.dense import product
 from gfxlm.kernels.linear.dequantize import dequantize
 from gfxlm.kernels.linear.planes import format_of, operands, tile_dot, tile_periods, unpacking
 from gfxlm.kernels.packed import Packed
@@ -115,11 +116,8 @@ def by_blas(
     step = cdiv(packed.rows, chunks * 128) * 128  # equal parts, aligned as BLAS likes it
     for start in range(0, packed.rows, step):
         part = slice(start, start + step)
-        matrix = dequantize(packed.at(part), x.dtype).T
-        if bias is None:
-            torch.mm(x, matrix, out=y[:, part])
-        else:
-            torch.addmm(bias[part], x, matrix, out=y[:, part])
+        added = None if bias is None else bias[part]
+        product(x, dequantize(packed.at(part), x.dtype), bias=added, out=y[:, part])
     return y if residual is None else y.add_(residual)
 
 

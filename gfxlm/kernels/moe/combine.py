@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
@@ -21,9 +22,12 @@ def combine_kernel(
     stride_residual,
     D,
     TOP: tl.constexpr,
+    early: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token's sum over its experts, in their order, then what is added to it."""
+    before_the_next(early)
+    after_the_last(early)
     token = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o_d < D

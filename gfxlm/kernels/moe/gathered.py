@@ -8,8 +8,9 @@ belong to: one sum gives routing, shared expert and residual.
 import triton
 import triton.language as tl
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.linear.codes import load_unit
-from gfxlm.kernels.linear.units import load_inputs, unit_products
+from gfxlm.kernels.linear.units import load_inputs, unit_products, unit_scales
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def gate_up_kernel(
     mode: tl.constexpr,
     layout: tl.constexpr,
     native: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
@@ -54,6 +56,7 @@ def gate_up_kernel(
     t = tl.program_id(1).to(tl.int64)
     slot = tl.minimum(tl.program_id(0) // blocks, TOP_K)
     i_n = (tl.program_id(0) - slot * blocks) * BLOCK_N
+    after_the_last(early)
     expert = tl.load(p_experts + t * TOP_K + slot, mask=slot < TOP_K, other=0)
     expert = tl.where((expert >= 0) & (expert < n_experts), expert, 0)  # what comes of it is not used
     p_words += expert * (2 * INNER * n_units * bits)
@@ -84,12 +87,11 @@ def gate_up_kernel(
             row = tl.minimum(i_n + i // 2, n_inner - 1) + i % 2 * n_inner
             p_row = tl.multiple_of(p_words + row * (n_units * bits), [4 * (bits & -bits)])
             words = load_unit(p_row, o_u * bits, None, bits)
-            products = unit_products(
-                words, inputs, p_scales, p_biases, row * stride_row, o_u * 32, stride_group,
-                bits, group_size, mode, layout, native,
-            )  # fmt: skip
+            stored = unit_scales(p_scales, p_biases, row * stride_row, o_u * 32, stride_group, group_size, layout)
+            products = unit_products(words, inputs, stored, bits, group_size, mode, layout, native)
             added = added + (sums[i] + products,)  # noqa: RUF005
         sums = added
+    before_the_next(early)
     o_n = tl.arange(0, BLOCK_N)
     gate = tl.zeros([BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_N], tl.float32)
@@ -131,6 +133,7 @@ def down_kernel(
     mode: tl.constexpr,
     layout: tl.constexpr,
     native: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
@@ -140,6 +143,7 @@ def down_kernel(
     routed_units: tl.constexpr = TOP_K * n_units
     t = tl.program_id(1).to(tl.int64)
     i_n = tl.program_id(0) * BLOCK_N
+    after_the_last(early)
     sums = ()
     for _ in tl.static_range(BLOCK_N):
         sums = sums + (tl.zeros([1, BLOCK_U], tl.float32),)  # noqa: RUF005
@@ -174,12 +178,11 @@ def down_kernel(
             row = tl.minimum(i_n + i, D - 1)
             p_row = tl.multiple_of(p_unit + row * row_words, [4 * (bits & -bits), 4 * (bits & -bits)])
             words = load_unit(p_row, unit * bits, None, bits)
-            products = unit_products(
-                words, inputs, p_scale, p_bias, row * row_scales, unit * 32, stride_group,
-                bits, group_size, mode, layout, native,
-            )  # fmt: skip
+            stored = unit_scales(p_scale, p_bias, row * row_scales, unit * 32, stride_group, group_size, layout)
+            products = unit_products(words, inputs, stored, bits, group_size, mode, layout, native)
             added = added + (sums[i] + tl.where(m_u, products * score, 0.0),)  # noqa: RUF005
         sums = added
+    before_the_next(early)
     o_n = tl.arange(0, BLOCK_N)
     m_n = i_n + o_n < D
     y = tl.zeros([BLOCK_N], tl.float32)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import next_power_of_2
@@ -41,10 +42,13 @@ def route_kernel(
     TOP_K: tl.constexpr,
     normalize: tl.constexpr,
     index_bits: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One token's best experts and their scores."""
+    before_the_next(early)
+    after_the_last(early)
     t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + t * stride_t
     o_e = tl.arange(0, BLOCK_E)

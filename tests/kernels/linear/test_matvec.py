@@ -11,6 +11,7 @@ from gfxlm.kernels.linear import matvec as module
 from gfxlm.kernels.linear.matvec import matvec
 from gfxlm.kernels.linear.pairs import as_float16
 from gfxlm.kernels.linear.units import load_inputs
+from gfxlm.kernels.tuning import override
 from gfxlm.ops.quantized import quantize
 from tests.kernels.linear.quantised import AFFINE, DEVICE, FLOATS, check, check_swiglu, inputs, matrix
 
@@ -42,6 +43,19 @@ def test_many_steps(kind: tuple[int, int, str]) -> None:
     w = matrix(2, 6240, kind, torch.bfloat16)
     x = inputs(1, 6240, torch.bfloat16)
     check(x, w, matvec(x, w.packed), w.product(x))
+
+
+AHEAD = {"block_m": 2, "block_n": 2, "block_u": 64, "num_warps": 1, "ahead": True}
+
+
+@pytest.mark.parametrize("columns", [96, 4096, 6240])
+@pytest.mark.parametrize("kind", [(4, 32, "affine"), (3, 32, "affine"), (4, 16, "nvfp4")])
+def test_weights_ahead(kind: tuple[int, int, str], columns: int) -> None:
+    """Steps whose weights were read in the one before: one that is not full, whole ones, and these with a rest."""
+    w = matrix(3, columns, kind, torch.bfloat16, beside=columns != 96)
+    x = inputs(3, columns, torch.bfloat16)
+    with override("matvec", AHEAD):
+        check(x, w, matvec(x, w.packed), w.product(x))
 
 
 def test_rows_bias_and_residual() -> None:
