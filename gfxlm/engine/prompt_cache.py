@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from gfxlm.engine.budget import remaining
 from gfxlm.engine.generate import context_for
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import UserError
@@ -16,8 +17,8 @@ from gfxlm.models.cache import (
     KVOptions,
     default_context,
     load_prompt_cache,
-    make_prompt_cache,
     prompt_cache_metadata,
+    prompt_cache_size,
     save_prompt_cache,
 )
 from gfxlm.nn.cache import Cache
@@ -36,6 +37,7 @@ class PromptFile:
     prompt: str
     system_prompt: str | None
     tokens: list[int]
+    max_kv_size: int | None
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -44,20 +46,43 @@ class PromptFile:
         metadata: dict[str, Any] = dict(prompt_cache_metadata(file))
         try:
             tokens = json.loads(metadata["tokens"])
-            return cls(file, metadata["model"], metadata["prompt"], metadata.get("system_prompt"), tokens)
+            made_with = metadata["model"], metadata["prompt"], metadata.get("system_prompt")
         except (KeyError, ValueError) as error:
             raise UserError(f"{file}: does not say which prompt it holds; `gfxlm cache-prompt` makes one") from error
+        return cls(file, *made_with, tokens, prompt_cache_size(file))
 
-    def load(self, model: CausalLM, max_context: int) -> Cache:
-        """The cache, with room for so many positions or at least what it holds. UserError for another model's."""
-        cache = load_prompt_cache(self.path, model=model, max_kv_size=max(max_context, len(self.tokens)))
+    def sized(self, kv: KVOptions) -> KVOptions:
+        """With the `max_kv_size` that the file was made with, where these options have none."""
+        return replace(kv, max_kv_size=kv.max_kv_size or self.max_kv_size)
+
+    def load(self, model: CausalLM, max_context: int, max_kv_size: int | None = None) -> Cache:
+        """The cache, with room for so many positions or at least what it holds.
+
+        UserError for another model's, and where it has forgotten what a larger `max_kv_size` would hold.
+        """
+        context = max(max_context, len(self.tokens))
+        cache = load_prompt_cache(self.path, model=model, max_context=context, max_kv_size=max_kv_size)
         if cache.lengths[0] != len(self.tokens):
             raise UserError(f"{self.path}: corrupt: {cache.lengths[0]} positions of {len(self.tokens)} tokens")
         return cache
 
-    def resume(self, model: CausalLM, tokens: Sequence[int], max_tokens: int) -> tuple[Cache, int]:
-        """The cache for a request of those tokens in all, and how many of them it holds."""
-        cache = self.load(model, context_for(model, [len(tokens)], [max_tokens]))
+    def resume(
+        self,
+        model: CausalLM,
+        tokens: Sequence[int],
+        max_tokens: int,
+        max_context: int | None = None,
+        max_kv_size: int | None = None,
+    ) -> tuple[Cache, int]:
+        """The cache for a request of those tokens in all, and how many of them it holds; see `load`.
+
+        UserError where the tokens, or a context that `max_context` asks for, do not fit into memory.
+        """
+        wanted = context_for(model, [len(tokens)], [max_tokens], max_context)
+        least = max(len(tokens) + 1, len(self.tokens))
+        sized = self.sized(KVOptions(max_kv_size)).model_for(model, wanted)
+        context = remaining(sized).fit(wanted, least=least, exact=max_context is not None)
+        cache = self.load(model, context, max_kv_size)
         return cache, reuse(cache, self.tokens, tokens)
 
 
@@ -84,7 +109,9 @@ def cache_prompt(
     if not 0 < len(tokens) <= limit:
         raise UserError(f"the prompt has {len(tokens)} tokens, but must have from 1 to the context's {limit}")
     model = (kv or KVOptions()).model_for(model, len(tokens))
-    cache = make_prompt_cache(model, max(len(tokens), default_context(model)))
+    wanted = max(len(tokens), default_context(model))
+    context = remaining(model, prefill_step_size=prefill_step_size).fit(wanted, least=len(tokens))
+    cache = model.make_cache(1, context)
     prefill(model, cache, tokens, prefill_step_size, progress)
     metadata = {"model": model_name, "prompt": prompt, "tokens": json.dumps(tokens)}
     save_prompt_cache(file, cache, metadata | ({} if system_prompt is None else {"system_prompt": system_prompt}))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gfxlm.errors import UserError
+from gfxlm.kernels.tuning import config
 from gfxlm.models.config import ModelConfig
 from gfxlm.nn.attention import Attention
 from gfxlm.nn.cache import Cache, Identity, KVCache, KVFormat, LayerCache, QuantizedKVCache, RecurrentCache, kv_format
@@ -18,6 +19,8 @@ from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.linear import Embedding, Linear
 from gfxlm.nn.module import Module, ModuleList
 from gfxlm.nn.norm import RMSNorm
+from gfxlm.nn.pages import Pages
+from gfxlm.nn.ring import Ring, Turned
 from gfxlm.nn.rope import RoPE
 from gfxlm.ops.ragged import Slots, ragged
 from gfxlm.weights.safetensors_file import LazyTensor
@@ -65,7 +68,10 @@ class Decoder(Module):
         self.rope = rope
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Slots, cache: Cache) -> Tensor:
-        context = Context(positions, slots, *self.rope(positions))
+        # A recorded chunk is fed no more than the ring has room for: there is nothing to turn.
+        turned = None if cache.ring is None or slots.batch is not None else Turned.of(cache.ring, positions, slots)
+        cos, sin = self.rope(positions)
+        context = Context(positions, slots, cos, sin, turned)
         x = self.embed_tokens(tokens)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, context, layer_cache)
@@ -83,6 +89,8 @@ class CausalLM(Module):
         self.tied = tied
         self.generation_config: dict[str, Any] = {}
         self.kv_format: KVFormat | None = None
+        self.max_kv_size: int | None = None
+        self.memory_limit: int | None = None  # bytes that this process may take on the model's device
         layers = [self.make_layer(config, number) for number in range(config.num_hidden_layers)]
         self.model = Decoder(config, layers, self.make_rope(config))
         if not tied:
@@ -162,24 +170,48 @@ class CausalLM(Module):
         if batch > len(cache.lengths):
             raise ValueError(f"tokens: {batch} sequences, but the cache has {len(cache.lengths)} slots")
         offsets = cache.lengths[:batch]
-        if max(offsets) + length > cache.max_context:
+        if not all(cache.reserve(slot, offset + length) for slot, offset in enumerate(offsets)):
             raise UserError(f"{max(offsets) + length} positions do not fit into a cache of {cache.max_context}")
         positions, slots = ragged(range(batch), [length] * batch, offsets, self.device)
         hidden = self.forward(tokens.flatten().long().to(self.device), positions, slots, cache)
         cache.lengths[:batch] = [offset + length for offset in offsets]
         return self.logits(hidden).view(batch, length, -1)
 
-    def make_cache(self, slots: int, max_context: int) -> Cache:
+    def make_cache(self, slots: int, max_context: int, *, pool_positions: int | None = None) -> Cache:
         """Empty caches of fixed address for `slots` sequences of up to `max_context` positions.
 
+        Where `pool_positions` are fewer than all of these, slots share them in pages, of which one is nobody's: a
+        sequence has as much of the context as is reserved for it, and `Cache.max_context` is what one alone can have.
+        Else each slot has its own: that is the same memory, and addresses are simpler.
+        With a `max_kv_size` below that, keys and values have so many places, and longer texts go round in them.
         Raises UserError for more positions than a "dynamic" rotary embedding stays the same for.
         """
         limit = self.model.rope.limit
         if limit is not None and max_context > limit:
             raise UserError(f"rope_scaling: type 'dynamic' is not supported beyond the {limit} positions of training")
-        layers = [self._layer_cache(layer, slots, max_context, self.device, self.kv_format) for layer in self.layers]
+        places = min(max_context, self.max_kv_size or max_context)
+        pages = None
+        if pool_positions is not None and pool_positions < slots * places:
+            size = page_size(self.device)
+            count = max(2, pool_positions // size)
+            if (count - 1) * size < places:
+                max_context = places = (count - 1) * size
+            pages = Pages(slots, places, size, count, self.device)
+        room = (slots, places, self.device, self.dtype)
+        layers = [self._layer_cache(layer, *room, self.kv_format, pages) for layer in self.layers]
+        ring = Ring(places) if places < max_context else None
         # A function, so that a copy of the cache is no copy of the model.
-        return Cache(layers, [0] * slots, max_context, lambda: self.identity)
+        return Cache(layers, [0] * slots, max_context, lambda: self.identity, pages, ring)
+
+    def cache_bytes(self, dtype: torch.dtype, format: KVFormat | None = None) -> tuple[int, int]:
+        """Bytes of a position's keys and values, and of a sequence's recurrent state. Needs no weights.
+
+        UserError where a head does not divide into the format's groups.
+        """
+        meta = torch.device("meta")
+        layers = [self._layer_cache(layer, 1, 1, meta, dtype, format) for layer in self.layers]
+        sizes = [(isinstance(x, RecurrentCache), sum(tensor.nbytes for tensor in x.tensors)) for x in layers]
+        return sum(n for recurrent, n in sizes if not recurrent), sum(n for recurrent, n in sizes if recurrent)
 
     def with_quantized_kv(self, bits: int = 8, group_size: int = 64) -> Self:
         """The same model over the same weights, whose caches, an `Engine`'s too, hold codes of 4 or 8 bits.
@@ -192,6 +224,23 @@ class CausalLM(Module):
         for mixer in self._mixers():
             if isinstance(mixer, Attention):
                 view.kv_format.check(mixer.head_dim)
+        return view
+
+    def with_rotating_kv(self, max_kv_size: int) -> Self:
+        """The same model over the same weights, whose caches hold keys and values of so many positions at a time.
+
+        Those are the first few of a text and its newest: see `Ring`. Recurrent layers remember as they always do.
+        UserError for a size that is too small, and for layers that slide a window of their own that is smaller.
+        """
+        ring = Ring(max_kv_size)
+        windows = [mixer.window for mixer in self._mixers() if isinstance(mixer, Attention) and mixer.window]
+        if windows and min(windows) < ring.size:
+            raise UserError(
+                f"max_kv_size is {max_kv_size}, but layers of this model see only their last {min(windows)} positions; "
+                "the two do not go together"
+            )
+        view = copy.copy(self)
+        view.max_kv_size = ring.size
         return view
 
     @property
@@ -208,7 +257,7 @@ class CausalLM(Module):
         if len(cache.layers) != len(self.layers):
             raise UserError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}: it is another's")
         for number, (theirs, layer) in enumerate(zip(cache.layers, self.layers, strict=True)):
-            ours = self._layer_cache(layer, 1, 1, torch.device("meta"), kv_format(theirs))
+            ours = self._layer_cache(layer, 1, 1, torch.device("meta"), self.dtype, kv_format(theirs))
             if _summary(theirs) != _summary(ours):
                 raise UserError(
                     f"the cache is another model's: its layer {number} is a {_summary(theirs)}, not a {_summary(ours)}"
@@ -217,20 +266,34 @@ class CausalLM(Module):
     def _mixers(self) -> list[Attention | GatedDeltaNet]:
         return [layer.mixer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
+    @staticmethod
     def _layer_cache(
-        self, layer: nn.Module, slots: int, max_context: int, device: torch.device, format: KVFormat | None
+        layer: nn.Module,
+        slots: int,
+        max_context: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        format: KVFormat | None,
+        pages: Pages | None = None,
     ) -> LayerCache:
         assert isinstance(layer, DecoderLayer)
         mixer = layer.mixer
         if isinstance(mixer, GatedDeltaNet):
             return RecurrentCache(
-                torch.zeros(slots, mixer.kernel, mixer.channels, dtype=self.dtype, device=device),
+                torch.zeros(slots, mixer.kernel, mixer.channels, dtype=dtype, device=device),
                 torch.zeros(slots, mixer.v_heads, mixer.v_dim, mixer.k_dim, device=device),
             )
         shape = (slots, max_context, mixer.kv_heads, mixer.head_dim)
         if format is None:
-            return KVCache.allocate(*shape, self.dtype, device)
-        return QuantizedKVCache.allocate(*shape, self.dtype, device, bits=format.bits, group_size=format.group_size)
+            return KVCache.allocate(*shape, dtype, device, pages=pages)
+        bits, group_size = format.bits, format.group_size
+        return QuantizedKVCache.allocate(*shape, dtype, device, bits=bits, group_size=group_size, pages=pages)
+
+
+def page_size(device: torch.device) -> int:
+    """Positions of a page, by the architecture's table."""
+    size: int = config("pages", device)["page_size"]
+    return size
 
 
 def _summary(layer: LayerCache) -> str:

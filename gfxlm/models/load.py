@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from gfxlm.device import tunable
+from gfxlm.device.gemm_probe import ensure
 from gfxlm.errors import UserError
 from gfxlm.models import model_class
 from gfxlm.models.base import CausalLM, Tensors
@@ -63,6 +65,9 @@ def read_weights(
     """The second half of `load_model`, for what `build` returned."""
     device = torch.device(device)
     dtype = dtype or default_dtype(checkpoint.config, tensors, device)
+    if device.type == "cuda" and torch.version.hip:  # NVIDIA's libraries are not known to be wrong anywhere
+        ensure(device)
+        tunable.load(device)
     with _named(checkpoint.folder):
         quantization = QuantizationMap.parse(checkpoint.config)
         source = WeightSource(tensors, quantization, dtype=dtype, device=device, progress=progress)

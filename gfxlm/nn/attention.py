@@ -1,5 +1,6 @@
 """Grouped-query attention over a cache."""
 
+import torch
 from torch import Tensor
 
 from gfxlm.nn.cache import KVCache, QuantizedKVCache
@@ -7,8 +8,10 @@ from gfxlm.nn.context import Context
 from gfxlm.nn.linear import Linear, MergedLinear
 from gfxlm.nn.module import Module
 from gfxlm.nn.norm import RMSNorm
-from gfxlm.ops import cached_attention
-from gfxlm.ops.kv import write_qkv
+from gfxlm.nn.ring import Turned, Unrolling
+from gfxlm.ops import cached_attention, scaled_dot_product_attention
+from gfxlm.ops.kv import read, write_qkv
+from gfxlm.ops.ragged import Slots
 
 
 class Attention(Module):
@@ -54,32 +57,74 @@ class Attention(Module):
         gate = None
         if self.gated:
             q, gate = q.chunk(2, dim=-1)  # (N, H, D) each
-        q = write_qkv(
+        rows = context.turned or Turned(context.positions, context.positions, context.slots)
+        if rows.unrollings:
+            out = torch.zeros_like(q)
+            for part in rows.unrollings:
+                out[part.rows] = self._attend_unrolled(q, k, v, context, cache, part)
+            out = out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
+        else:
+            q = self._store(q, k, v, context.cos, context.sin, cache, rows.places, rows.slots)
+            out = cached_attention(
+                q,
+                cache.keys,
+                cache.values,
+                rows.last,
+                rows.slots,
+                scale=self.head_dim**-0.5,
+                window=self.window,
+                gate=gate,
+                pages=cache.table,
+            )
+        projected: Tensor = self.o_proj(out.flatten(-2), residual)
+        return projected
+
+    def _attend_unrolled(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        cache: KVCache | QuantizedKVCache,
+        part: Unrolling,
+    ) -> Tensor:
+        """Attention of one sequence's rows over a ring that they turn: (n, heads, head_dim), before the gate."""
+        copy = part.copy(cache)
+        q, k, v, cos, sin = (x[part.rows] for x in (q, k, v, context.cos, context.sin))
+        q = self._store(q, k, v, cos, sin, copy, part.places, part.slots)
+        part.store(copy, cache)
+        keys, values = (read(store, 0, 0, store.shape[1]) for store in (copy.keys, copy.values))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, keys, values))
+        out = scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=part.mask)
+        return out[0].transpose(0, 1)
+
+    def _store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | QuantizedKVCache,
+        places: Tensor,
+        slots: Slots,
+    ) -> Tensor:
+        """Norm and turn queries and keys, and store keys and values; returns the queries."""
+        return write_qkv(
             q,
             k,
             v,
             cache.keys,
             cache.values,
-            context.positions,
-            context.slots,
-            cos=context.cos,
-            sin=context.sin,
+            places,
+            slots,
+            cos=cos,
+            sin=sin,
             norms=(self.q_norm.weight, self.k_norm.weight) if self.has_qk_norm else None,
             eps=self.q_norm.eps if self.has_qk_norm else 0.0,
             traditional=self.traditional_rope,
+            pages=cache.table,
         )
-        out = cached_attention(
-            q,
-            cache.keys,
-            cache.values,
-            context.positions,
-            context.slots,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            gate=gate,
-        )
-        projected: Tensor = self.o_proj(out.flatten(-2), residual)
-        return projected
 
     @property
     def _head_counts(self) -> tuple[int, int, int]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gfxlm.errors import UserError
 from gfxlm.kernels.attention.store import Quantized, row_bytes
+from gfxlm.nn.pages import Pages
+from gfxlm.nn.ring import Ring, rearranged
 from gfxlm.ops.kv import read, write_kv
 from gfxlm.ops.ragged import Slots, ragged
 
@@ -41,10 +43,14 @@ class KVFormat:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of one attention layer, (slots, max_context, kv_heads, head_dim) each."""
+    """Keys and values of one attention layer, (slots, max_context, kv_heads, head_dim) each.
+
+    With `pages` they are (pages, page size, ...), and the book says which page is whose.
+    """
 
     keys: Tensor
     values: Tensor
+    pages: Pages | None = None
 
     @classmethod
     def allocate(
@@ -55,23 +61,36 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        pages: Pages | None = None,
     ) -> "KVCache":
-        """Room for `max_context` positions in each slot."""
-        shape = (slots, max_context, kv_heads, head_dim)
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+        """Room for `max_context` positions in each slot, or for so many as the pages hold."""
+        places = (slots, max_context) if pages is None else (pages.count, pages.size)
+        keys, values = (torch.empty(*places, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
+        return cls(keys, values, pages)
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor, slots: Slots) -> None:
         """Store the rows of a flattened batch, (N, kv_heads, head_dim), at their slots and positions."""
-        write_kv(keys, values, self.keys, self.values, positions, slots)
+        write_kv(keys, values, self.keys, self.values, positions, slots, pages=self.table)
+
+    @property
+    def table(self) -> Tensor | None:
+        """The page table that goes with keys and values, int32 (slots, n)."""
+        return None if self.pages is None else self.pages.table
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored, each (slots, max_context, ...)."""
+        """All that is stored, each (slots, max_context, ...) or (pages, page size, ...)."""
         return self.keys, self.values
 
+    def alike(self, places: int) -> "KVCache":
+        """An empty one of one slot and so many places."""
+        keys, values = (tensor.new_empty(1, places, *tensor.shape[2:]) for tensor in self.tensors)
+        return KVCache(keys, values)
+
     def to(self, device: torch.device) -> "KVCache":
-        """The same on another device."""
-        return KVCache(self.keys.to(device), self.values.to(device))
+        """The same on another device, with the same book of pages."""
+        return KVCache(self.keys.to(device), self.values.to(device), self.pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,7 @@ class QuantizedKVCache:
 
     keys: Quantized
     values: Quantized
+    pages: Pages | None = None
 
     @classmethod
     def allocate(
@@ -93,25 +113,31 @@ class QuantizedKVCache:
         *,
         bits: int = 8,
         group_size: int = 64,
+        pages: Pages | None = None,
     ) -> "QuantizedKVCache":
-        """Room for `max_context` positions in each slot. UserError if heads cannot be cut into groups of that size."""
+        """Room as in `KVCache.allocate`. UserError if heads cannot be cut into groups of that size."""
         KVFormat(bits, group_size).check(head_dim)
-        shape = (slots, max_context, kv_heads)
+        shape = (*((slots, max_context) if pages is None else (pages.count, pages.size)), kv_heads)
 
         def store() -> Quantized:
             codes = torch.empty(*shape, row_bytes(head_dim, bits), dtype=torch.uint8, device=device)
             scales = torch.empty(*shape, head_dim // group_size, 2, dtype=dtype, device=device)
             return Quantized(codes, scales, bits, group_size)
 
-        return cls(store(), store())
+        return cls(store(), store(), pages)
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor, slots: Slots) -> None:
         """Quantise and store the rows of a flattened batch, (N, kv_heads, head_dim)."""
-        write_kv(keys, values, self.keys, self.values, positions, slots)
+        write_kv(keys, values, self.keys, self.values, positions, slots, pages=self.table)
+
+    @property
+    def table(self) -> Tensor | None:
+        """The page table that goes with keys and values, int32 (slots, n)."""
+        return None if self.pages is None else self.pages.table
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored, each (slots, max_context, ...)."""
+        """All that is stored, each (slots, max_context, ...) or (pages, page size, ...)."""
         return self.keys.codes, self.keys.scales, self.values.codes, self.values.scales
 
     @property
@@ -119,13 +145,22 @@ class QuantizedKVCache:
         """How it is quantised."""
         return KVFormat(self.keys.bits, self.keys.group_size)
 
+    def alike(self, places: int) -> "QuantizedKVCache":
+        """An empty one of one slot and so many places."""
+
+        def empty(store: Quantized) -> Quantized:
+            codes, scales = (x.new_empty(1, places, *x.shape[2:]) for x in (store.codes, store.scales))
+            return replace(store, codes=codes, scales=scales)
+
+        return QuantizedKVCache(empty(self.keys), empty(self.values))
+
     def to(self, device: torch.device) -> "QuantizedKVCache":
-        """The same on another device."""
+        """The same on another device, with the same book of pages."""
 
         def moved(store: Quantized) -> Quantized:
             return replace(store, codes=store.codes.to(device), scales=store.scales.to(device))
 
-        return QuantizedKVCache(moved(self.keys), moved(self.values))
+        return QuantizedKVCache(moved(self.keys), moved(self.values), self.pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,31 +206,76 @@ class Identity:
 class Cache:
     """The caches of all layers, and how many positions each slot holds (host integers, the scheduler's books).
 
-    `identity` tells the model that it belongs to.
+    `identity` tells the model that it belongs to. Where there are `pages`, a slot has room for what was reserved. With
+    a `ring`, keys and values have only its places, and a text of up to `max_context` positions goes round in them.
     """
 
     layers: list[LayerCache]
     lengths: list[int]
     max_context: int
     identity: Callable[[], Identity] | None = field(default=None, repr=False, compare=False)
+    pages: Pages | None = field(default=None, repr=False, compare=False)
+    ring: Ring | None = None
+
+    @property
+    def places(self) -> int:
+        """How many positions' keys and values a slot can hold at a time."""
+        return self.max_context if self.ring is None else self.ring.size
+
+    def forgets(self, positions: int) -> bool:
+        """Whether a text of so many positions has written over its older ones."""
+        return positions > self.places
 
     @property
     def nbytes(self) -> int:
         """Bytes of all the tensors."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+        table = 0 if self.pages is None else self.pages.table.nbytes
+        return table + sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+
+    def reserve(self, slot: int, positions: int) -> bool:
+        """Make room for so many positions in all; False, and nothing is changed, where there is none."""
+        if positions > self.max_context:
+            return False
+        return self.pages is None or self.pages.reserve(slot, min(positions, self.places))
+
+    def release(self, slot: int) -> None:
+        """Empty a slot, and let others have its pages."""
+        self.lengths[slot] = 0
+        if self.pages is not None:
+            self.pages.release(slot)
+
+    def stored(self, tensor: Tensor, slot: int) -> Tensor:
+        """What a slot holds in one of the tensors of keys and values, (n, ...): positions, or the places of a ring."""
+        views = self._views(tensor, slot, self.held(self.lengths[slot]))
+        return views[0] if len(views) == 1 else torch.cat(views) if views else tensor[:1, :0].flatten(0, 1)
+
+    def held(self, length: int) -> int:
+        """Of how many positions a text of `length` has keys and values here."""
+        return min(length, self.places)
+
+    def order_of(self, source: "Cache", slot: int) -> Tensor | None:
+        """The places of another cache's slot in the order of this one's, None if it is the same; see `rearranged`."""
+        return rearranged(source.lengths[slot], source.ring, self.ring, source.layers[0].tensors[0].device)
 
     def copy_slot(self, slot: int, source: "Cache", source_slot: int) -> None:
-        """Make `slot` continue what another cache's slot holds, quantised as this cache is."""
+        """Make `slot` continue what another cache's slot holds, quantised as this cache is.
+
+        Raises UserError where there is no room for it, or where the other one has forgotten what belongs here.
+        """
         length = source.lengths[source_slot]
+        order = self.order_of(source, source_slot)
+        if not self.reserve(slot, length):
+            raise UserError(f"there is no room for the {length} positions of another cache")
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if kv_format(mine) != kv_format(theirs):
-                _copy_rows(mine, slot, theirs, source_slot, length)
+                _copy_rows(mine, slot, theirs, source_slot, source.held(length), order)
                 continue
             for ours, other in zip(mine.tensors, theirs.tensors, strict=True):
                 if isinstance(mine, RecurrentCache):
                     ours[slot] = other[source_slot]
                 else:
-                    ours[slot, :length] = other[source_slot, :length]
+                    rows = source.stored(other, source_slot)
+                    self._put(ours, slot, rows if order is None else rows[order])
         self.lengths[slot] = length
 
     def quantize(self, format: KVFormat) -> None:
@@ -211,29 +291,44 @@ class Cache:
                 self.layers[number] = self._quantized(layer, format)
 
     def _quantized(self, layer: KVCache, format: KVFormat) -> QuantizedKVCache:
-        slots, max_context, heads, size = layer.keys.shape
+        places, context, heads, size = layer.keys.shape
         wanted = QuantizedKVCache.allocate(
-            slots,
-            max_context,
+            places,
+            context,
             heads,
             size,
             layer.keys.dtype,
             layer.keys.device,
             bits=format.bits,
             group_size=format.group_size,
+            pages=layer.pages,
         )
         for slot, length in enumerate(self.lengths):
-            _copy_rows(wanted, slot, layer, slot, length)
+            _copy_rows(wanted, slot, layer, slot, self.held(length))
         return wanted
 
     def move(self, device: torch.device) -> None:
         """Bring everything to a device."""
+        if self.pages is not None:
+            self.pages.move(device)
         self.layers[:] = [layer.to(device) for layer in self.layers]
 
     @property
     def trimmable(self) -> bool:
-        """True where positions can be forgotten from the end: a recurrent state cannot be wound back."""
-        return not any(isinstance(layer, RecurrentCache) for layer in self.layers)
+        """True where positions can be taken back from the end.
+
+        A recurrent state cannot be wound back, and a full ring has not what was there before.
+        """
+        full = self.ring is not None and max(self.lengths) >= self.ring.size
+        return not full and not any(isinstance(layer, RecurrentCache) for layer in self.layers)
+
+    def _views(self, tensor: Tensor, slot: int, length: int) -> list[Tensor]:
+        return [tensor[slot, :length]] if self.pages is None else self.pages.views(tensor, slot, length)
+
+    def _put(self, tensor: Tensor, slot: int, rows: Tensor) -> None:
+        views = self._views(tensor, slot, len(rows))
+        for view, part in zip(views, rows.split([len(view) for view in views]), strict=True):
+            view.copy_(part)
 
 
 def kv_format(layer: LayerCache) -> KVFormat | None:
@@ -241,13 +336,16 @@ def kv_format(layer: LayerCache) -> KVFormat | None:
     return layer.format if isinstance(layer, QuantizedKVCache) else None
 
 
-def _copy_rows(mine: LayerCache, slot: int, theirs: LayerCache, source_slot: int, length: int) -> None:
-    """Copy keys and values between two formats: as numbers."""
+def _copy_rows(
+    mine: LayerCache, slot: int, theirs: LayerCache, source_slot: int, held: int, order: Tensor | None = None
+) -> None:
+    """Copy what lies at the first `held` places between two formats, as numbers, and in another order if need be."""
     assert not isinstance(mine, RecurrentCache)
     assert not isinstance(theirs, RecurrentCache)
-    if length == 0:
+    if held == 0:
         return
     device = mine.tensors[0].device
-    positions, slots = ragged([slot], [length], [0], device)
-    keys, values = (read(store, source_slot, 0, length).to(device) for store in (theirs.keys, theirs.values))
-    mine.write(keys, values, positions, slots)
+    stores = (read(store, source_slot, 0, held, theirs.table) for store in (theirs.keys, theirs.values))
+    keys, values = ((rows if order is None else rows[order]).to(device) for rows in stores)
+    places, slots = ragged([slot], [len(keys)], [0], device)
+    mine.write(keys, values, places, slots)

@@ -75,8 +75,8 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     for i in range(per_period):
         first, shift = divmod(i * bits, 8)
-        code = stream[..., first] >> shift
+        code = stream[..., first] >> shift if shift else stream[..., first]
         if shift + bits > 8:
             code |= stream[..., first + 1] << (8 - shift)
-        codes[..., i] = code & mask
+        torch.bitwise_and(code, mask, out=codes[..., i])
     return codes.flatten(-2)

@@ -6,7 +6,8 @@ a row of the block's lower half in its low nibble and one of the upper half in i
 Only the bfloat16 kernel is vectorised, so only bfloat16 weights live here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -57,7 +58,8 @@ def _block_rows() -> int:
     """Rows in a block of the packed layout on this CPU, 0 where the layout is not the one described above."""
     for rows in {"AVX512": (64,), "AVX2": (32,)}.get(torch.backends.cpu.get_cpu_capability(), ()):
         codes = (torch.arange(128 * 32).reshape(128, 32).mul(7) >> 3).bitwise_and(15).to(torch.uint8)
-        if torch.equal(_unpack(_pack(codes), rows), codes):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+        if torch.equal(_unpack(packed, rows), codes):
             return rows
     return 0
 
@@ -77,16 +79,17 @@ def int4_nbytes(rows: int, columns: int, group_size: int, bits: int) -> int:
 def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bits: int) -> Int4Weight:
     """Pack codes uint8 (..., N, K) of `bits` bits with bfloat16 scales and biases (..., N, K / group_size)."""
     rows = codes.shape[-2]
-    padding = (0, 0, 0, -rows % _block_rows())
-    codes, scales, biases = (F.pad(t, padding) for t in (codes, scales, biases))
+    if missing := -rows % _block_rows():
+        codes, scales, biases = (F.pad(t, (0, 0, 0, missing)) for t in (codes, scales, biases))
     shift = _centring_shift(bits)
-    nibbles = (codes + shift,) if bits <= 4 else (codes & 15, (codes >> 4) + shift)
+    top = codes if bits <= 4 else codes >> 4
+    nibbles = (*(() if bits <= 4 else (codes & 15,)), top + shift if shift else top)
     steps = (scales,) if bits <= 4 else (scales, 16 * scales)
     # The top plane carries the offset: the codes are centred, so what is rounded to bfloat16 here is small.
     offset = biases.float() + (1 << (bits - 1)) * scales.float()
     offsets = (offset,) if bits <= 4 else (torch.zeros_like(offset), offset + 8 * scales.float())
     return Int4Weight(
-        tuple(_pack(plane) for plane in nibbles),
+        tuple(_pack(plane, _block_rows()) for plane in nibbles),
         tuple(torch.stack((s.mT, z.to(s.dtype).mT), -1).contiguous() for s, z in zip(steps, offsets, strict=True)),
         biases.contiguous(),
         rows,
@@ -95,16 +98,38 @@ def int4_pack(codes: Tensor, scales: Tensor, biases: Tensor, group_size: int, bi
     )
 
 
+def int4_stacked(weights: Iterable[Int4Weight], count: int) -> Int4Weight:
+    """So many matrices of one shape as a stack. What is made one at a time is never there as a whole beside it."""
+    stack: Int4Weight | None = None
+    for number, weight in enumerate(weights):
+        if stack is None:
+            planes, pairs = (tuple(_room(t, count) for t in ts) for ts in (weight.planes, weight.scales_and_zeros))
+            stack = replace(weight, planes=planes, scales_and_zeros=pairs, biases=_room(weight.biases, count))
+        there = (*stack.planes, *stack.scales_and_zeros, stack.biases)
+        for whole, part in zip(there, (*weight.planes, *weight.scales_and_zeros, weight.biases), strict=True):
+            whole[number] = part
+    assert stack is not None
+    return stack
+
+
+def _room(tensor: Tensor, count: int) -> Tensor:
+    return tensor.new_empty(count, *tensor.shape)
+
+
 def _centring_shift(bits: int) -> int:
     """What is added to the top plane's nibbles, so that the middle of the codes meets the 8 that PyTorch subtracts."""
     return 8 - (1 << (bits - 1 if bits <= 4 else bits - 5))
 
 
-def _pack(codes: Tensor) -> Tensor:
-    if codes.ndim > 2:
-        return torch.stack([_pack(matrix) for matrix in codes])
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
-    return packed
+def _pack(codes: Tensor, block: int) -> Tensor:
+    """Nibbles uint8 (..., N, K) to (..., N, K / 2): what PyTorch makes of them, in a tenth of the time."""
+    *stack, rows, columns = codes.shape
+    low, high = codes.reshape(*stack, rows // block, 2, block // 2, columns).unbind(-3)
+    both = (high << 4).bitwise_or_(low)  # (..., N / block, block / 2, K)
+    packed = torch.empty(*both.shape[:-2], columns, block // 2, dtype=torch.uint8, device=codes.device)
+    for lane in range(block // 2):
+        packed[..., lane] = both[..., lane, :]
+    return packed.view(*stack, rows, columns // 2)
 
 
 def _unpack(packed: Tensor, block: int) -> Tensor:

@@ -105,7 +105,7 @@ def read(store: Store, slot: int, first: int, last: int, pages: Tensor | None = 
     """Positions first ... last - 1 of a slot, (last - first, heads, D), in the store's type."""
     if pages is not None:
         size = store.shape[1]
-        numbers = pages[slot, first // size : -(-last // size)].long()
+        numbers = _numbers(pages[slot, first // size : -(-last // size)])
         skipped = first // size * size
         parts = [x[numbers].flatten(0, 1)[first - skipped : last - skipped] for x in _tensors(store)]
     else:
@@ -116,6 +116,14 @@ def read(store: Store, slot: int, first: int, last: int, pages: Tensor | None = 
     codes = parts[0] if store.bits == 8 else torch.cat((parts[0] & 15, parts[0] >> 4), -1)
     groups = codes[..., : store.shape[3]].unflatten(-1, (-1, store.group_size)).float()
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2).to(store.dtype)
+
+
+def _numbers(pages: Tensor) -> Tensor | slice:
+    """What to index a store with for these pages: on the host, neighbours are a slice, of which no copy is made."""
+    numbers = pages.tolist() if pages.device.type == "cpu" else []
+    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(numbers[0], numbers[0] + len(numbers))
+    return pages.long()
 
 
 def some(store: Store) -> Tensor:

@@ -143,7 +143,7 @@ def test_caches_of_a_batch_go_into_files(kv: dict[str, Any], loaded: Loaded, pat
     first, second = (loaded[1].encode(text) for text in (DOCUMENT, QUESTION))
     (cache,) = gfxlm.batch_generate(*loaded, [first], max_tokens=4, return_prompt_caches=True, **kv).caches or ()
     save_prompt_cache(path, cache)
-    again = load_prompt_cache(path, model=loaded[0], max_kv_size=128)
+    again = load_prompt_cache(path, model=loaded[0], max_context=128)
     wanted = gfxlm.batch_generate(*loaded, [second], [cache], max_tokens=12, **kv).texts
     assert [gfxlm.generate(*loaded, second, max_tokens=12, prompt_cache=again)] == wanted
 

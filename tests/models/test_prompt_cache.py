@@ -14,7 +14,6 @@ from gfxlm.models.base import CausalLM
 from gfxlm.models.cache import (
     can_trim_prompt_cache,
     load_prompt_cache,
-    make_prompt_cache,
     prompt_cache_metadata,
     save_prompt_cache,
     trim_prompt_cache,
@@ -32,7 +31,7 @@ def load(family: str, recipe: str = "4bit", dtype: torch.dtype | None = None) ->
 
 
 def filled(model: CausalLM, max_context: int = 64) -> Cache:
-    cache = make_prompt_cache(model, max_context)
+    cache = model.make_cache(1, max_context)
     model(TOKENS[:, :12], cache)
     return cache
 
@@ -79,9 +78,9 @@ def test_room(file: Path) -> None:
     model = load("llama")
     save_prompt_cache(file, filled(model))
     for context in (12, 500):
-        assert load_prompt_cache(file, max_kv_size=context).max_context == context
+        assert load_prompt_cache(file, max_context=context).max_context == context
     with pytest.raises(UserError, match="holds 12 positions, which do not fit into 11"):
-        load_prompt_cache(file, max_kv_size=11)
+        load_prompt_cache(file, max_context=11)
 
 
 def test_a_copy_of_a_cache_is_no_copy_of_the_model(file: Path) -> None:
@@ -166,6 +165,8 @@ def test_corrupt_files(file: Path) -> None:
         ({"layers": ["RotatingKVCache"] * 2}, "corrupt: it does not say"),
         ({"layers": ["KVCache"] * 3}, r"corrupt: tensor layers\.2\.keys is missing"),
         ({"metadata": []}, "corrupt: it does not say"),
+        ({"max_kv_size": 4}, "corrupt: it does not say"),
+        ({"max_kv_size": 11}, r"corrupt: a tensor of shape \(12, .* where 11 positions belong"),
     )
     for change, said in changes:
         save_file(tensors, file, metadata | {"cache": json.dumps(header | change)})
