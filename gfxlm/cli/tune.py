@@ -15,15 +15,23 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Write <output>/<architecture>/<operation>.json. Default: gfxlm's cache.")
     ] = None,
+    blas: Annotated[
+        bool, typer.Option("--blas", help="Instead: try the BLAS libraries, and on AMD find their fastest kernels.")
+    ] = False,
 ) -> None:
     """Measure tile sizes on this GPU, and write tables of the fastest.
 
-    Tables in gfxlm's cache (GFXLM_CONFIGS, or ~/.cache/gfxlm/configs) are used from then on.
+    Tables in gfxlm's cache (GFXLM_CONFIGS, or ~/.cache/gfxlm/configs) are used from then on, as is what --blas finds
+    (in ~/.cache/gfxlm/blas).
     """
     import torch
 
     if not torch.cuda.is_available():
         raise UserError("there is no GPU here, and nothing to measure")
+    if blas:
+        if op or output:
+            raise UserError("--blas: there are no operations to choose from, and its results go to gfxlm's cache")
+        return _tune_blas()
     require_triton()
 
     from gfxlm.kernels import tuner
@@ -41,3 +49,38 @@ def tune(
             note(f"{name} {facts}: {result.before_us:.2f} µs, now {result.best_us:.2f} µs with {result.best}")
         if results:
             print(tuner.write(folder, name, device, results))
+
+
+def _tune_blas() -> None:
+    """Verdicts on the libraries anew, and on AMD the fastest kernel for every product of the cases."""
+    import torch
+
+    from gfxlm.device import tunable
+    from gfxlm.device.gemm import TRITON
+    from gfxlm.device.gemm_probe import ProbeError, probe
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    note("trying the BLAS libraries")
+    try:
+        found = probe(device)
+    except ProbeError as error:
+        raise UserError(f"the BLAS libraries could not be tried: {error}") from error
+    for verdict in found.bad:
+        instead = found.chosen(getattr(torch, verdict.dtype), verdict.rows)
+        who = "gfxlm's own kernel" if instead == TRITON else instead
+        note(f"{verdict.library}: {verdict.dtype}: {verdict.outcome} ({verdict.detail}); {who} serves instead")
+    print(found.path)
+    if torch.version.hip is None:
+        note("NVIDIA's library chooses among its kernels itself: there is nothing to record")
+        return
+    require_triton()
+
+    from gfxlm.kernels.cases import catalogue
+
+    def products() -> None:
+        for case in catalogue(["wide"])["wide"]:
+            note(case.name)
+            case.make(device)()
+
+    with torch.inference_mode():
+        print(tunable.record(device, products))

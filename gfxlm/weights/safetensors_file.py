@@ -36,16 +36,45 @@ _MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """So many bytes of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+    def part(self, start: int, nbytes: int) -> "Extent":
+        """Some of these bytes, counted from the first."""
+        return Extent(self.path, self.offset + start, nbytes)
+
+    def read_into(self, out: Tensor) -> None:
+        """Read them into uint8 (nbytes,) on the host. UserError where the file cannot be read, or ends before."""
+        view, done = memoryview(out.numpy().data), 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while done < self.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise UserError(f"{self.path}: the file became shorter while it was read")
+                    done += count
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is read when it is asked for: shape and dtype are known, the data are still on disk.
 
-    `parts` are the tensors that a stack is made of, for those who can do with one at a time.
+    `parts` are the tensors that a stack is made of, for those who can do with one at a time; `extent` is where the
+    data of one that is stored as it is lie, for those who know where they are to go.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     parts: tuple["LazyTensor", ...] = ()
+    extent: Extent | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,10 +125,14 @@ class _Entry:
     stop: int
 
     def lazy(self, path: Path, data: int) -> LazyTensor:
-        def read() -> Tensor:
-            return _read(path, data + self.start, self.stop - self.start).view(self.dtype).reshape(self.shape)
+        extent = Extent(path, data + self.start, self.stop - self.start)
 
-        return LazyTensor(self.shape, self.dtype, read)
+        def read() -> Tensor:
+            buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+            extent.read_into(buffer)
+            return buffer.view(self.dtype).reshape(self.shape)
+
+        return LazyTensor(self.shape, self.dtype, read, extent=extent)
 
 
 def _entry(path: Path, name: str, fields: object) -> _Entry:
@@ -131,21 +164,3 @@ def _check_extents(path: Path, entries: dict[str, _Entry], size: int) -> None:
     for (_, stop, name), (start, _, other) in pairwise(ordered):
         if start < stop:
             raise UserError(f"{path}: corrupt: tensors {name} and {other} overlap")
-
-
-def _read(path: Path, offset: int, nbytes: int) -> Tensor:
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    if nbytes == 0:
-        return buffer
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            view, done = memoryview(buffer.numpy().data), 0
-            while done < nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(f"{path}: the file became shorter while it was read")
-                done += count
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return buffer

@@ -12,7 +12,8 @@ from gfxlm.kernels.packed import Packed
 from gfxlm.ops._common import on_gpu
 from gfxlm.ops.activation import swiglu
 from gfxlm.ops.formats import Quantization, pack_codes, unpack_codes
-from gfxlm.ops.int4_cpu import Int4Weight, int4_applies, int4_codes, int4_matmul, int4_pack, int4_rows
+from gfxlm.ops.int4_cpu import Int4Weight, int4_applies, int4_codes, int4_matmul, int4_pack, int4_rows, int4_stacked
+from gfxlm.ops.matrix import dense_matmul
 from gfxlm.ops.packed import KERNEL_TYPES, packed_matmul, packed_rows, packed_swiglu
 from gfxlm.ops.quantized import dequantize, quantized_matmul
 
@@ -71,7 +72,7 @@ class DenseWeight(Weight):
         return self.tensor.nbytes
 
     def _product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.tensor)
+        return dense_matmul(x, self.tensor)
 
     def matrix(self, index: int) -> "DenseWeight":
         return DenseWeight(self.tensor[index])
@@ -101,8 +102,8 @@ class PackedWeight(Weight):
             assert biases is not None
             scales, biases = scales.to(dtype), biases.to(dtype)
             if w.device.type == "cpu" and int4_applies(q.group_size, dtype):
-                return cls(int4_pack(unpack_codes(w, q.bits), scales, biases, q.group_size, q.bits), q, dtype)
-            if w.device.type != "cpu":
+                return cls(_int4(w, scales, biases, q), q, dtype)
+            if w.device.type != "cpu" and scales.stride(-1) != 2:
                 # Side by side, a scale and its bias are one load.
                 scales, biases = torch.stack((scales, biases), dim=-1).unbind(-1)
         return cls((w, scales, biases), q, dtype)
@@ -182,6 +183,13 @@ class PackedWeight(Weight):
     def _dequantize(self, triple: MlxTriple) -> Tensor:
         q = self.quantization
         return dequantize(*triple, q.group_size, q.bits, q.mode, dtype=self.dtype)
+
+
+def _int4(w: Tensor, scales: Tensor, biases: Tensor, q: Quantization) -> Int4Weight:
+    """MLX's matrix, or a stack of them, in the CPU kernel's layout. A matrix's codes take twice its memory."""
+    if w.ndim > 2:
+        return int4_stacked((_int4(*matrix, q) for matrix in zip(w, scales, biases, strict=True)), len(w))
+    return int4_pack(unpack_codes(w, q.bits), scales, biases, q.group_size, q.bits)
 
 
 class MergedWeight(Weight):
