@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from gfxlm import __version__
-from gfxlm.cli import bench, cache_prompt, chat, convert, generate, info, kernels, perplexity, tune, warmup
+from gfxlm.cli import bench, cache_prompt, chat, convert, doctor, generate, info, kernels, perplexity, tune, warmup
 from gfxlm.errors import GenerationError, UserError
 
 
@@ -28,6 +29,7 @@ class Commands(TyperGroup):
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        warnings.formatwarning = lambda message, *_, **__: f"gfxlm: {message}\n"
         try:
             with _usage_errors_on_one_line():
                 result = super().invoke(ctx)
@@ -107,6 +109,7 @@ for command in (
     bench.bench,
     info.info,
     convert.convert,
+    doctor.doctor,
     kernels.kernels,
     warmup.warmup,
     tune.tune,

@@ -30,7 +30,7 @@ def cache_prompt(
     from gfxlm.engine.prompt_cache import cache_prompt as write
     from gfxlm.models.cache import KVOptions
 
-    lm, tokenizer = model.load()
+    lm, tokenizer = model.load(kv=params)
     file = Path(prompt_cache_file).expanduser()
     with progress_bar("reading the prompt") as progress:
         count = write(

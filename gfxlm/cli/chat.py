@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gfxlm.cli.options import KVCacheOptions, ModelOptions, PromptCacheOptions, SamplingOptions, grouped, json_object
+from gfxlm.cli.options import (
+    KVCacheOptions,
+    ModelOptions,
+    PromptCacheOptions,
+    SamplingOptions,
+    SpeculationOptions,
+    grouped,
+    json_object,
+)
 from gfxlm.cli.progress import progress_bar
 from gfxlm.cli.text import ended_line, note
 from gfxlm.errors import GenerationError, UserError
@@ -29,6 +37,7 @@ def chat(
     sampling: SamplingOptions,
     kv: KVCacheOptions,
     prompt_cache: PromptCacheOptions,
+    speculation: SpeculationOptions,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Stop an answer after this many tokens; -1 sets no limit.")
     ] = 256,
@@ -39,9 +48,9 @@ def chat(
     max_context: Annotated[
         int | None,
         typer.Option(
-            "--max-context",
-            "--max-kv-size",
-            help="Tokens that the conversation can hold. Default: the model's limit, at most 32768.",
+            min=1,
+            help="Tokens that the conversation can have. Default: the model's limit, if they fit; without "
+            "--max-kv-size at most 32768.",
         ),
     ] = None,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
@@ -49,21 +58,30 @@ def chat(
     """Talk with a model. Answers go to stdout, everything else to stderr. /help lists the commands."""
     params = sampling.params(max_tokens)
     kv_params = kv.params()
+    speculation.check(kv.max_kv_size)
     config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}
 
+    from gfxlm.engine.budget import LEAST_CONTEXT, remaining
     from gfxlm.engine.conversation import Conversation
-    from gfxlm.models.cache import KVOptions
+    from gfxlm.engine.drafters import drafter_for, with_drafts
+    from gfxlm.models.cache import KVOptions, default_context
 
     model, file = prompt_cache.open(model, system_prompt)
-    lm, tokenizer = model.load()
-    options = sampling.prepare(params, tokenizer) | {"prefill_step_size": prefill_step_size}
+    lm, tokenizer = model.load(max_context=max_context, kv=kv_params)
+    drafts = speculation.params(model, tokenizer)
+    options = sampling.prepare(params, tokenizer) | drafts | {"prefill_step_size": prefill_step_size}
+    cache = KVOptions(**kv_params) if file is None else file.sized(KVOptions(**kv_params))
+    wanted = max_context or default_context(cache.model_for(lm, 0))
+    budget = remaining(cache.model_for(lm, wanted), prefill_step_size=prefill_step_size)
+    budget = with_drafts(budget, drafter_for(**drafts), prefill_step_size=prefill_step_size)
+    context = budget.fit(wanted, least=LEAST_CONTEXT, exact=max_context is not None)
     conversation = Conversation(
         lm,
         tokenizer,
         system_prompt=system_prompt,
-        max_context=max_context,
+        max_context=context,
         template_kwargs=config,
-        kv=KVOptions(**kv_params),
+        kv=cache,
         prompt_file=file,
     )
     if not tokenizer.has_chat_template:

@@ -20,11 +20,10 @@ def require_triton() -> None:
 
 def here() -> "Architecture | None":
     """The architecture of this machine's GPU, or what GFXLM_ASSUME_ARCH names; None without either."""
-    import torch
-
     from gfxlm.device.arch import PORTABLE, architecture
+    from gfxlm.device.select import pick_device
 
-    arch = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    arch = architecture(pick_device())
     return None if arch == PORTABLE else arch
 
 

@@ -79,8 +79,19 @@ class ModelOptions:
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda (ROCm too), cuda:1. Default: a GPU if there is one.", **MODEL_PANEL)
     ] = None
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that weights and caches may take: 24GB, 24GiB, 80%. Default: what is free.",
+            metavar="AMOUNT",
+            **MODEL_PANEL,
+        ),
+    ] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own Python code.", **MODEL_PANEL)
+    ] = False
+    no_self_test: Annotated[
+        bool, typer.Option("--no-self-test", help="Go on with a GPU that was not seen to compute right.", **MODEL_PANEL)
     ] = False
 
     @property
@@ -90,11 +101,12 @@ class ModelOptions:
 
         return self.model or BUILT_IN
 
-    def load(self) -> "tuple[CausalLM, Tokenizer]":
-        """Load the model and its tokenizer, under a progress bar."""
+    def load(self, *, max_context: int | None = None, kv: dict[str, Any] | None = None) -> "tuple[CausalLM, Tokenizer]":
+        """Load the model and its tokenizer, under a progress bar; before, see that such a context will fit."""
         import torch
 
         from gfxlm.engine.load import load
+        from gfxlm.models.cache import KVOptions
 
         with progress_bar("loading", in_bytes=True) as progress:
             return load(
@@ -103,6 +115,10 @@ class ModelOptions:
                 trust_remote_code=self.trust_remote_code,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
                 device=self.device,
+                memory_limit=self.memory_limit,
+                self_test=not self.no_self_test,
+                max_context=max_context,
+                kv=KVOptions(**(kv or {})),
                 progress=progress,
             )
 
@@ -178,13 +194,61 @@ class SamplingOptions:
         return params | {"xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]}
 
 
+_SPECULATION = {"rich_help_panel": "Speculative decoding: the same text, in fewer passes of the model"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationOptions:
+    """Who guesses tokens ahead of the model."""
+
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help="A smaller model with the same tokenizer: a folder or a hub name.", **_SPECULATION),
+    ] = None
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens that it guesses at a time.", **_SPECULATION)] = 3
+    prompt_lookup_num_tokens: Annotated[
+        int,
+        typer.Option(help="Guess so many tokens to go on as after their last occurrence; 0 is off.", **_SPECULATION),
+    ] = 0
+
+    def check(self, max_kv_size: int | None) -> None:
+        """Raise UserError for a bad value, before any loading, and for drafts over a cache that forgets."""
+        from gfxlm.engine.drafters import check_options
+
+        if max_kv_size is not None and (self.draft_model is not None or self.prompt_lookup_num_tokens):
+            raise UserError(
+                "--max-kv-size: a cache that forgets cannot take back drafts; "
+                "it does not go with --draft-model and --prompt-lookup-num-tokens"
+            )
+        check_options(self.draft_model is not None, self.num_draft_tokens, self.prompt_lookup_num_tokens)
+
+    def params(self, model: ModelOptions, tokenizer: "Tokenizer") -> dict[str, Any]:
+        """As `stream_generate` names them; loads the draft model. UserError if that has another tokenizer."""
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SpeculationOptions)}
+        if self.draft_model is None:
+            return given
+        lm, its_tokenizer = replace(model, model=self.draft_model, revision=None).load()
+        theirs = its_tokenizer.get_vocab()
+        if any(theirs.get(token, number) != number for token, number in tokenizer.get_vocab().items()):
+            raise UserError(f"--draft-model: {self.draft_model} has another tokenizer than {model.path}")
+        return given | {"draft_model": lm}
+
+
 _CACHE = {"rich_help_panel": "Cache of keys and values"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheOptions:
-    """Whether keys and values are quantised."""
+    """How many keys and values are kept, and whether they are quantised."""
 
+    max_kv_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep so many: those of a text's first 4 tokens and of its newest ones; the text goes on. "
+            "Default: all of them.",
+            **_CACHE,
+        ),
+    ] = None
     kv_bits: Annotated[
         int | None, typer.Option(help="Quantise keys and values to 8 or 4 bits. Default: not at all.", **_CACHE)
     ] = None

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gfxlm.device.ceilings import synchronize
 from gfxlm.device.memory import peak_bytes
-from gfxlm.engine.engine import Engine, Request
+from gfxlm.engine.engine import Engine
 from gfxlm.engine.info import ModelInfo
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.request import Request
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 

@@ -1,5 +1,6 @@
 """A chat of many turns over one cache."""
 
+import contextlib
 from collections.abc import Generator
 from typing import Any
 
@@ -8,7 +9,7 @@ from gfxlm.engine.prompt_cache import PromptFile, reuse
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
-from gfxlm.models.cache import KVOptions, default_context, make_prompt_cache
+from gfxlm.models.cache import KVOptions, default_context
 
 
 class Conversation:
@@ -16,9 +17,9 @@ class Conversation:
 
     Every turn writes the whole conversation anew, through the chat template, and feeds the model what the cache does
     not hold yet. Without a template the messages are one running text, each question on a new line.
-    `max_context` is how many positions the cache has, as `make_prompt_cache` takes it; `template_kwargs` go to the
-    template. `kv` says whether keys and values are quantised. With a `prompt_file`, the first question goes on in the
-    message that the file begins, after the system prompt that it was made with.
+    `max_context` is how many positions it may have in all; `template_kwargs` go to the template. `kv` says whether keys
+    and values are quantised, and whether the oldest of them are forgotten. With a `prompt_file`, the first question
+    goes on in the message that the file begins, after the system prompt that it was made with.
     Raises UserError for more positions than the model was made for, and for another model's file.
     """
 
@@ -42,16 +43,16 @@ class Conversation:
         self._template_kwargs = template_kwargs or {}
         self._opening = ""  # what the first question goes on from
         self._cached: list[int] = []  # the tokens that the cache holds
-        kv = kv or KVOptions()
-        context = max_context or default_context(model)
+        kv = (kv or KVOptions()) if prompt_file is None else prompt_file.sized(kv or KVOptions())
+        context = max_context or default_context(kv.model_for(model, 0))
         if prompt_file is None:
-            self._cache = make_prompt_cache(kv.model_for(model, context), context)
+            self._cache = kv.model_for(model, context).make_cache(1, context)
         else:
             if system_prompt is not None:
                 raise UserError(f"system_prompt: comes before the prompt in {prompt_file.path}, which has its own")
             self._system_prompt, self._opening = prompt_file.system_prompt, prompt_file.prompt
             self._cached = list(prompt_file.tokens)
-            self._cache = prompt_file.load(model, context)
+            self._cache = prompt_file.load(model, context, kv.max_kv_size)
             kv.prepare(self._cache, model, self._cache.max_context)
         self.reset()
 
@@ -67,7 +68,7 @@ class Conversation:
 
     @property
     def max_context(self) -> int:
-        """Positions that the cache has."""
+        """Positions that the conversation can have."""
         return self._cache.max_context
 
     def ask(self, question: str, **options: Any) -> Generator[GenerationResponse, None, None]:
@@ -83,12 +84,19 @@ class Conversation:
         try:
             tokens = self._tokens()
             kept = reuse(self._cache, self._cached, tokens)
-            for response in stream_generate(
-                self._model, self._tokenizer, tokens[kept:], prompt_cache=self._cache, **options
-            ):
-                answer.append(response.text)
-                tokens.append(response.token)
-                yield response
+            responses = stream_generate(
+                self._model,
+                self._tokenizer,
+                tokens[kept:],
+                prompt_cache=self._cache,
+                cached_tokens=tokens[:kept],
+                **options,
+            )
+            with contextlib.closing(responses):  # which brings the cache in order
+                for response in responses:
+                    answer.append(response.text)
+                    tokens.append(response.token)
+                    yield response
         except (GenerationError, KeyboardInterrupt):
             # In the middle of a step: nobody knows what the layers have taken in.
             self._cache.lengths[0] = 0

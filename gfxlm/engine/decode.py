@@ -4,7 +4,7 @@ What a row needs lies on the device by slot: its last token and how many positio
 there and leaves both there, so that the next one can be launched before anybody has read this one's tokens.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,10 +62,16 @@ class _Bucket:
 
 
 class DecodeStep:
-    """Runs decode steps over one model, cache and sampler; with a pool for recordings, recorded per number of rows."""
+    """Runs decode steps over one model, cache and sampler; with a pool for recordings, recorded per number of rows.
 
-    def __init__(self, model: CausalLM, cache: Cache, sampler: StepSampler, pool: Any = None) -> None:
+    With `one_size` every recorded step has a row for each slot, so that a row's numbers do not depend on its company.
+    """
+
+    def __init__(
+        self, model: CausalLM, cache: Cache, sampler: StepSampler, pool: Any = None, *, one_size: bool = False
+    ) -> None:
         self._model, self._cache, self._sampler, self._pool = model, cache, sampler, pool
+        self._one_size = one_size
         self._slots = len(cache.lengths)
         device = model.device
         self._last = torch.zeros(self._slots + 1, dtype=torch.int64, device=device)
@@ -93,6 +99,15 @@ class DecodeStep:
         bucket.head.replay()
         return self._sampled(bucket)
 
+    def place(self, last: Mapping[int, int]) -> None:
+        """Say what the last tokens of slots are, by slot, whose steps were not run here. Waits for nothing."""
+        numbers = torch.tensor([(slot, token, self._cache.lengths[slot]) for slot, token in last.items()]).mT
+        if self._last.is_cuda:
+            numbers = numbers.pin_memory()
+        slots, tokens, lengths = numbers.to(self._last.device, non_blocking=True)
+        self._last.index_copy_(0, slots, tokens)
+        self._length.index_copy_(0, slots, lengths)
+
     def run(self, slots: Sequence[int]) -> Sampled:
         """Launch one step for these slots. Waits for nothing."""
         bucket = self._bucket(len(slots))
@@ -119,7 +134,8 @@ class DecodeStep:
 
     def _capture_all(self) -> None:
         """Largest first: the smaller ones then fit into the memory that it has taken."""
-        sizes = {self._slots} | {1 << i for i in range((self._slots - 1).bit_length())}
+        smaller = () if self._one_size else (1 << i for i in range((self._slots - 1).bit_length()))
+        sizes = {self._slots, *smaller}
         for size in sorted(sizes, reverse=True):
             bucket = self._add_bucket(size)
             bucket.forward.capture()

@@ -2,20 +2,23 @@
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from gfxlm.device.arch import architecture
 from gfxlm.device.graph import shared_pool
+from gfxlm.device.memory import empty_cache
 from gfxlm.device.threads import single_thread
-from gfxlm.engine.decode import DecodeStep, Sampled, StepSampler
+from gfxlm.engine.budget import explain_out_of_memory, is_out_of_memory, make_cache
+from gfxlm.engine.decode import DecodeStep
 from gfxlm.engine.diagnose import first_nan_module
+from gfxlm.engine.drafters import Drafter, Target
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.prefill import Fed, PrefillStep
+from gfxlm.engine.request import Launched, Request, TokenSampler
 from gfxlm.engine.sampler import Sampler
+from gfxlm.engine.speculative import Speculation
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
@@ -23,46 +26,6 @@ from gfxlm.nn.cache import Cache
 # A step of this few rows over this few bytes of weights is done before other threads are awake.
 _FEW_ROWS = 8
 _SMALL_BYTES = 64 << 20
-
-FinishReason = Literal["stop", "length", "error"]
-
-
-class TokenSampler(StepSampler, Protocol):
-    """What the engine asks of a sampler: `gfxlm.engine.sampler.Sampler`, or one that calls the user's functions."""
-
-    def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None: ...
-
-    def clear(self, slot: int) -> None: ...
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One prompt and what has become of it."""
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    slot: int = -1
-    prefilled: int = 0  # prompt tokens that are in the cache
-    tokens: list[int] = field(default_factory=list)
-    logprobs: Tensor | None = None  # (V,) of the last token, where the params ask for them
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-    prefix: Cache | None = None  # a cache of one slot that holds what comes before the prompt
-    keep_cache: bool = False
-    cache: Cache | None = None  # of one slot, with everything up to the last token, where `keep_cache` asked for it
-
-    @property
-    def pending(self) -> Sequence[int]:
-        """Tokens that the model has not seen yet: the rest of the prompt, or the last token."""
-        return self.prompt[self.prefilled :] or self.tokens[-1:]
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A decode step under way: its requests in the order of its rows, and whether it is the last one they can have."""
-
-    ends: dict[Request, bool]
-    sampled: Sampled
 
 
 class Engine:
@@ -72,6 +35,10 @@ class Engine:
     A `cache` from outside is continued: a request begins with what its slot holds, and leaves its own tokens there.
     With `overlap`, the default on a GPU, prompts are fed beside the decode steps, not in them, and a decode step is
     launched before the tokens of the one before it are read.
+    With a `drafter`, which then is this engine's own, requests decode speculatively (see `gfxlm.engine.speculative`):
+    the tokens are the same, and more than one of them may come of one pass of the model.
+    `batch_invariant` makes a request's numbers, bit by bit, independent of what else runs: prompts are fed one by one,
+    and decode steps always have a row for every slot, or else one request each.
     """
 
     def __init__(
@@ -85,6 +52,8 @@ class Engine:
         cache: Cache | None = None,
         sampler: TokenSampler | None = None,
         overlap: bool | None = None,
+        drafter: Drafter | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         if prefill_step_size < 1:
             raise UserError(f"prefill_step_size must be at least 1, but is {prefill_step_size}")
@@ -92,15 +61,40 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefill_step_size = prefill_step_size
         self._owns_cache = cache is None
-        self.cache = cache or model.make_cache(max_batch, max_context or model.config.max_position_embeddings)
+        self.cache = cache or make_cache(
+            model,
+            max_batch,
+            max_context or model.config.max_position_embeddings,
+            exact=max_context is not None,
+            prefill_step_size=prefill_step_size,
+        )
+        if drafter is not None and self.cache.ring is not None:
+            raise UserError(
+                "max_kv_size: a cache that forgets cannot take back a draft_model's or a prompt look-up's drafts"
+            )
+        if drafter is not None and batch_invariant:
+            raise UserError("batch_invariant: passes over drafts have as many rows as there are drafts")
         # One slot more: rows that pad a batch are sampled there.
         self.sampler = sampler or Sampler(len(self.cache.lengths) + 1, model.config.vocab_size, model.device)
         overlap = model.device.type != "cpu" if overlap is None else overlap
         # Only kernels leave rows of padding alone, which every recording has.
         pool = shared_pool(model.device) if overlap and architecture(model.device).kernels else None
-        self._prefill_step = PrefillStep(model, self.cache, prefill_step_size, pool)
-        self._decode_step = DecodeStep(model, self.cache, self.sampler, pool) if overlap else None
-        self._launched: _Launched | None = None
+        slots = len(self.cache.lengths)
+        rows = max(prefill_step_size, slots * Speculation.rows(drafter) if drafter else 0)
+        self._prefill_step = PrefillStep(
+            model, self.cache, rows, pool, small=drafter is not None, always_recorded=batch_invariant
+        )
+        self._decode_step = None
+        if overlap and not (batch_invariant and pool is None):
+            self._decode_step = DecodeStep(model, self.cache, self.sampler, pool, one_size=batch_invariant)
+        self._alone = batch_invariant
+        self._launched: Launched | None = None
+        self._drafter = drafter
+        self._speculation = None
+        if drafter is not None:
+            drafter.attach(Target(model, slots, self.cache.max_context, self.sampler, rows, pool))
+            self._speculation = Speculation(drafter, model, self.cache, self.sampler, self._prefill_step)
+        self._verified: set[Request] = set()  # of whose last tokens the decode step does not know
         self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
         self._free = deque(range(len(self.cache.lengths)))
         self._waiting: deque[Request] = deque()
@@ -118,8 +112,12 @@ class Engine:
         *,
         prefix: Cache | None = None,
         keep_cache: bool = False,
+        cached_tokens: Sequence[int] = (),
     ) -> Request:
-        """Queue a prompt. Raises UserError if it is empty, has unknown tokens or does not fit into the context."""
+        """Queue a prompt. Raises UserError if it is empty, has unknown tokens or does not fit into the context.
+
+        `cached_tokens` are those of the cache that it continues, where they are known: a drafter wants to see them.
+        """
         vocab_size = self.model.config.vocab_size
         if not prompt:
             raise UserError("the prompt is empty")
@@ -132,7 +130,11 @@ class Engine:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens{before}, but the context holds {self.cache.max_context}"
             )
-        request = Request(list(prompt), params, prefix=prefix, keep_cache=keep_cache)
+        if prefix is not None:
+            self.cache.order_of(prefix, 0)
+        request = Request(
+            list(prompt), params, prefix=prefix, keep_cache=keep_cache, cached_tokens=tuple(cached_tokens)
+        )
         self._waiting.append(request)
         return request
 
@@ -150,6 +152,8 @@ class Engine:
         self._prefill_step.warm_up()
         if self._decode_step is not None:
             self._decode_step.warm_up()
+        if self._drafter is not None:
+            self._drafter.warm_up()
         if not self._owns_cache:
             return
         self.add([0], SamplingParams(max_tokens=2))
@@ -167,56 +171,119 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Run the model once over everything that is due; returns the requests that got a token or failed."""
+        """Run the model once over everything that is due; returns the requests that got a token or failed.
+
+        Where memory runs out, those whose prompts are being fed fail, or else all that run.
+        """
         self._admit()
+        try:
+            return self._step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = explain_out_of_memory(error, self.model, self.cache)
+        # Behind the exception, whose traceback holds what the step had allocated.
+        feeding = [request for request in self._running if request.prefilled < len(request.prompt)]
+        failed = feeding or list(self._running)
+        for request in failed:
+            self._fail(request, reason)
+        empty_cache(self.model.device)
+        return failed
+
+    def _step(self) -> list[Request]:
+        if accepted := [request for request in self._running if request.queue]:
+            return [self._hand_out(request) for request in accepted]
+        drafts = self._drafts()
         if self._decode_step is not None:
-            return self._overlapped_step(self._decode_step)
-        work = self._plan(self._running)
+            return self._overlapped_step(self._decode_step, drafts)
+        work = self._plan([request for request in self._running if request not in drafts])
+        ready: list[Request] = []
+        for part in [[one] for one in work] if self._alone else [work]:
+            with single_thread(self._small and sum(count for _, count in part) <= _FEW_ROWS):
+                ready += self._run(part)
+        return ready + self._verify(drafts)
+
+    def _run(self, work: list[tuple[Request, int]]) -> list[Request]:
         if not work:
             return []
-        with single_thread(self._small and sum(count for _, count in work) <= _FEW_ROWS):
-            ready, rows, fed = self._feed(work)
-            if ready:
-                self._take_tokens(ready, *fed.at(rows))
+        ready, rows, fed = self._feed(work)
+        if ready:
+            self._take_tokens(ready, *fed.at(rows))
         return ready
 
-    def _overlapped_step(self, decode_step: DecodeStep) -> list[Request]:
+    def _overlapped_step(self, decode_step: DecodeStep, drafts: dict[Request, Sequence[int]]) -> list[Request]:
         """Launch a chunk of the prompts that wait and the next decode step, then read the decode step before."""
         begun = self._begin(decode_step)
+        if drafts and self._launched is None:
+            return [*(self._read(begun) if begun else ()), *self._verify(drafts)]
         current = self._launched or self._launch(decode_step)
         if current is not None:
             self._launched = current
-            # A sampler on the host has to see this step's tokens first.
-            self._launched = None if self.sampler.graph_key is None else self._launch(decode_step)
+            # A sampler on the host has to see this step's tokens first, and who has drafts waits for them to be read.
+            self._launched = None if self.sampler.graph_key is None or drafts else self._launch(decode_step)
         return [*(self._read(begun) if begun else ()), *(self._read(current) if current else ())]
 
-    def _begin(self, decode_step: DecodeStep) -> "_Launched | None":
+    def _drafts(self) -> dict[Request, Sequence[int]]:
+        """The drafts of all requests that decode, nothing where plain decoding is as good."""
+        if self._speculation is None:
+            return {}
+        return self._speculation.plan([request for request in self._running if request.tokens])
+
+    def _verify(self, drafts: dict[Request, Sequence[int]]) -> list[Request]:
+        """Run the model over last tokens and drafts, and hand out the first token of what it has accepted."""
+        if self._speculation is None or not drafts:
+            return []
+        self._speculation.verify(drafts)
+        self._verified.update(drafts)
+        for request in drafts:
+            self._take(request)
+        return list(drafts)
+
+    def _hand_out(self, request: Request) -> Request:
+        """Go on by a token that the model has seen already, as a draft."""
+        if request.replay:
+            request.replay += 1
+        else:
+            self.cache.lengths[request.slot] += 1
+        return self._take(request)
+
+    def _take(self, request: Request) -> Request:
+        choice = request.queue.popleft()
+        ends = self._at_limit(request, len(request.tokens) + 1)
+        self._accept(request, choice.token, choice.logprobs, ends, from_draft=choice.from_draft)
+        return request
+
+    def _begin(self, decode_step: DecodeStep) -> Launched | None:
         """Feed a chunk; the first tokens of the requests whose prompts it ends."""
         work = self._plan([request for request in self._running if request.prefilled < len(request.prompt)])
         if not work:
             return None
-        ready, rows, fed = self._feed(work)
+        ready, rows, fed = self._feed(work[:1] if self._alone else work)
         if not ready:
             return None
         hidden, positions, _ = fed.at(rows)
         sampled = decode_step.begin([request.slot for request in ready], hidden, positions)
-        return _Launched({request: self._at_limit(request, 1) for request in ready}, sampled)
+        return Launched({request: self._at_limit(request, 1) for request in ready}, sampled)
 
-    def _launch(self, decode_step: DecodeStep) -> "_Launched | None":
+    def _launch(self, decode_step: DecodeStep) -> Launched | None:
         """One decode step of all that decode, but for those of which it is known that the step before ends them."""
         before = self._launched.ends if self._launched else {}
         requests = [request for request in self._running if request.tokens and not before.get(request)]
         if not requests:
             return None
         slots = [request.slot for request in requests]
+        moved = {request.slot: request.tokens[-1] for request in requests if request in self._verified}
+        if moved:
+            decode_step.place(moved)
+            self._verified.clear()
         sampled = decode_step.run(slots)
         for slot in slots:
             self.cache.lengths[slot] += 1
         counts = [len(request.tokens) + (request in before) + 1 for request in requests]
         ends = [self._at_limit(request, count) for request, count in zip(requests, counts, strict=True)]
-        return _Launched(dict(zip(requests, ends, strict=True)), sampled)
+        return Launched(dict(zip(requests, ends, strict=True)), sampled)
 
-    def _read(self, launched: "_Launched") -> list[Request]:
+    def _read(self, launched: Launched) -> list[Request]:
         """Hand out a step's tokens to those of its requests that still run."""
         tokens, logprobs = launched.sampled.tokens(), launched.sampled.logprobs
         running = []
@@ -240,12 +307,24 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and self._free:
-            request, slot = self._waiting.popleft(), self._free.popleft()
+            request, slot = self._waiting[0], self._free[0]
+            if not self.cache.reserve(slot, self._positions(request, slot)):
+                return  # until others leave: there is room for each of them alone
+            self._waiting.popleft()
+            self._free.popleft()
             if request.prefix is not None:
                 self.cache.copy_slot(slot, request.prefix, 0)
             self.sampler.set(slot, request.params, request.prompt)
+            if self._drafter is not None:
+                self._drafter.begin(slot, [*request.cached_tokens, *request.prompt])
             request.slot = slot
             self._running.append(request)
+
+    def _positions(self, request: Request, slot: int) -> int:
+        """All that a request may come to have in the cache."""
+        before = self.cache.lengths[slot] if request.prefix is None else request.prefix.lengths[0]
+        most, limit = request.params.max_tokens, self.cache.max_context
+        return limit if most < 0 else min(limit, before + len(request.prompt) + most)
 
     def _plan(self, requests: Sequence[Request]) -> list[tuple[Request, int]]:
         """How many tokens each of the requests feeds this step; prompts share a budget."""
@@ -253,7 +332,7 @@ class Engine:
         for request in requests:
             decoding = request.prefilled == len(request.prompt)
             count = 1 if decoding else min(len(request.pending), budget)
-            budget -= 0 if decoding else count
+            budget -= 0 if decoding or self._alone else count
             if count:
                 work.append((request, count))
         return work
@@ -264,11 +343,17 @@ class Engine:
             ends = self._at_limit(request, len(request.tokens) + 1)
             self._accept(request, token, None if logprobs is None else logprobs[row], ends)
 
-    def _accept(self, request: Request, token: int, logprobs: Tensor | None, ends: bool) -> None:
+    def _accept(
+        self, request: Request, token: int, logprobs: Tensor | None, ends: bool, *, from_draft: bool = False
+    ) -> None:
         if token < 0:
-            self._fail(request)
+            place = first_nan_module(self.model, [*request.prompt, *request.tokens])
+            self._fail(request, f"the logits are not finite; the first bad values come out of {place}")
             return
         request.tokens.append(token)
+        request.from_draft = from_draft
+        if self._drafter is not None:
+            self._drafter.extend(request.slot, token)
         request.logprobs = logprobs if request.params.logprobs else None
         if token in self.eos_token_ids:
             request.finish_reason = "stop"
@@ -279,27 +364,33 @@ class Engine:
 
     def _at_limit(self, request: Request, tokens: int) -> bool:
         """Whether a request that has so many tokens, the last of them not yet in the cache, can have no more."""
-        return tokens == request.params.max_tokens or self.cache.lengths[request.slot] == self.cache.max_context
+        positions = self.cache.lengths[request.slot] + request.replay
+        return tokens == request.params.max_tokens or positions == self.cache.max_context
 
-    def _fail(self, request: Request) -> None:
-        place = first_nan_module(self.model, [*request.prompt, *request.tokens])
-        request.error = f"the logits are not finite; the first bad values come out of {place}"
-        request.finish_reason = "error"
+    def _fail(self, request: Request, reason: str) -> None:
+        request.error, request.finish_reason = reason, "error"
         self._release(request)
 
     def _release(self, request: Request) -> None:
         slot = request.slot
         self._running.remove(request)
         self.sampler.clear(slot)
+        self._verified.discard(request)
+        if self._drafter is not None:
+            self._drafter.end(slot)
+        if self._speculation is not None and request.queue:
+            self._speculation.take_back(request)
+            request.queue.clear()
         self._free.append(slot)
         continued = request.keep_cache or not self._owns_cache
-        fits = self.cache.lengths[slot] < self.cache.max_context
         fed = self._launched is not None and request in self._launched.ends
-        if continued and fits and request.tokens and request.error is None and not fed:
+        if continued and request.tokens and request.error is None and not fed:
             # Whoever goes on from this cache expects the last token in it.
-            self._prefill_step.run(request.tokens[-1:], [slot], [1])
-        if request.keep_cache:
+            pending = request.pending[: self.cache.max_context - self.cache.lengths[slot]]
+            if pending:
+                self._prefill_step.run(pending, [slot], [len(pending)])
+        if request.keep_cache and request.error is None:
             request.cache = self.model.make_cache(1, self.cache.max_context)
             request.cache.copy_slot(0, self.cache, slot)
         if self._owns_cache:
-            self.cache.lengths[slot] = 0
+            self.cache.release(slot)

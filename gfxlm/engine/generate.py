@@ -2,16 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gfxlm.device.memory import peak_bytes
-from gfxlm.engine.engine import Engine, FinishReason, Request
+from gfxlm.engine.budget import remaining
+from gfxlm.engine.callbacks import LogitsProcessor, SamplerFunction, callbacks
+from gfxlm.engine.drafters import drafter_for, with_drafts
+from gfxlm.engine.engine import Engine
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.request import FinishReason, Request
 from gfxlm.engine.text import TextStream
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import GenerationError, UserError
@@ -22,14 +25,11 @@ from gfxlm.nn.cache import Cache
 # What mlx-lm's functions take besides.
 _MISSING = (
     "num_draft_tokens",
-    "max_kv_size",
     "input_embeddings",
     "stream",
 )
 
 Prompt = str | Sequence[int] | Tensor
-SamplerFunction = Callable[[Tensor], Tensor]
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -52,55 +52,6 @@ class GenerationResponse:
     finish_reason: FinishReason | None = None
 
 
-@dataclass
-class CallbackSampler:
-    """Samples with functions from outside, as mlx-lm takes them; processors see the tokens of their request alone."""
-
-    sampler: SamplerFunction
-    processors: Sequence[LogitsProcessor] = ()
-    tokens: dict[int, list[int]] = field(default_factory=dict)  # by slot
-
-    @property
-    def graph_key(self) -> None:
-        """The functions run on the host."""
-        return None
-
-    def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
-        self.tokens[slot] = list(prompt_tokens)
-
-    def clear(self, slot: int) -> None:
-        del self.tokens[slot]
-
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        histories = [self.tokens[slot] for slot in slots.tolist()]
-        logits = logits.float()
-        if self.processors:
-            logits = torch.cat([self._process(*row) for row in zip(histories, logits.split(1), strict=True)])
-        logprobs = torch.log_softmax(logits, dim=-1)
-        sampled = self.sampler(logprobs).long()
-        sampled = torch.where(logprobs.amax(-1).isfinite(), sampled, -1)
-        for history, token in zip(histories, sampled.tolist(), strict=True):
-            history.append(token)
-        return sampled, logprobs
-
-    def _process(self, tokens: list[int], logits: Tensor) -> Tensor:  # (1, V) -> (1, V)
-        for processor in self.processors:
-            logits = processor(torch.tensor(tokens, device=logits.device), logits)
-        return logits
-
-
-def _greedy(logprobs: Tensor) -> Tensor:
-    return logprobs.argmax(-1)
-
-
-def _callbacks(
-    sampler: SamplerFunction | None, logits_processors: Sequence[LogitsProcessor] | None
-) -> CallbackSampler | None:
-    if not sampler and not logits_processors:
-        return None
-    return CallbackSampler(sampler or _greedy, logits_processors or ())
-
-
 def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
@@ -118,12 +69,17 @@ def stream_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: Cache | None = None,
     prefill_step_size: int = 2048,
+    max_context: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    max_kv_size: int | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
+    num_draft_tokens: int = 3,
+    prompt_lookup_num_tokens: int = 0,
+    cached_tokens: Sequence[int] = (),
     **sampling: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Generate from a prompt (text, or token ids), one response a token, as mlx-lm does.
 
     `max_tokens` -1 means until the context is full. `sampler` and `logits_processors` are mlx-lm's functions, over
@@ -131,31 +87,47 @@ def stream_generate(
     defaults come from the model's generation_config.json. A `prompt_cache` is continued and kept up to date.
     `kv_bits` 8 or 4 quantises keys and values in groups of `kv_group_size` (32, 64, 128), if prompt and `max_tokens`
     may fill more than `quantized_kv_start` positions: then all of them, from the first one; a `prompt_cache` too.
-    A `draft_model`, and what mlx-lm has for caches that forget, is refused.
-    Raises UserError for bad arguments, GenerationError when the model's numbers are not finite.
+    The context is as long as the request can need, at most `max_context`, and no longer than there is memory for.
+    A `draft_model` of the same vocabulary guesses `num_draft_tokens` at a time, or what followed an earlier occurrence
+    of the last tokens serves as a guess of `prompt_lookup_num_tokens`; the model then reads all of them at once, and
+    the text stays the same. `cached_tokens`, those that a `prompt_cache` holds, make for better guesses.
+    With `max_kv_size`, keys and values of a longer text's first 4 tokens and its newest ones are kept, so many in all;
+    drafts do not go with that.
+    Raises UserError for bad arguments, and where the prompt, or a context that `max_context` asks for, does not fit
+    into memory; GenerationError when the model's numbers are not finite.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
-    if draft_model is not None:
-        raise UserError("draft_model: speculative decoding is not supported yet")
+    drafter = drafter_for(draft_model, num_draft_tokens, prompt_lookup_num_tokens)
     _refuse_unknown(sampling)
     params = SamplingParams.from_generation_config(
         model.generation_config, **sampling, max_tokens=max_tokens, logprobs=True
     )
-    kv = KVOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start)
+    kv = KVOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     tokens = _encode(tokenizer, prompt)
     cached = 0 if prompt_cache is None else prompt_cache.lengths[0]
-    context = context_for(model, [cached + len(tokens)], [max_tokens])
+    context = context_for(model, [cached + len(tokens)], [max_tokens], max_context)
+    lm = kv.model_for(model, context)
     if prompt_cache is not None:
         kv.prepare(prompt_cache, model, min(context, prompt_cache.max_context))
+    else:
+        budget = remaining(lm, prefill_step_size=prefill_step_size)
+        budget = with_drafts(budget, drafter, prefill_step_size=prefill_step_size)
+        context = budget.fit(context, least=len(tokens) + 1, exact=max_context is not None)
     engine = Engine(
-        kv.model_for(model, context),
+        lm,
         eos_token_ids=tokenizer.eos_token_ids,
         max_context=context,
         prefill_step_size=prefill_step_size,
         cache=prompt_cache,
-        sampler=_callbacks(sampler, logits_processors),
+        sampler=callbacks(sampler, logits_processors),
+        drafter=drafter,
     )
-    yield from _responses(engine, engine.add(tokens, params), tokenizer, prompt_progress_callback)
+    request = engine.add(tokens, params, cached_tokens=cached_tokens)
+    try:
+        yield from _responses(engine, request, tokenizer, prompt_progress_callback)
+    finally:
+        if request.queue:  # nobody wants the rest of an accepted run: the cache is to end where the text does
+            engine.finish(request)
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
@@ -167,15 +139,21 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         raise TypeError(f"unexpected keyword argument {name!r}; known are {', '.join(sorted(known))}")
 
 
-def context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int]) -> int:
-    """Just as many positions as the longest request can need, at most what the model was made for."""
+def context_for(model: CausalLM, prompts: Sequence[int], limits: Sequence[int], max_context: int | None = None) -> int:
+    """Just as many positions as the longest request can need, at most what is wanted and what the model was made for.
+
+    UserError for a `max_context` that the model was not made for.
+    """
     limit = model.config.max_position_embeddings
+    if max_context is not None and not 1 <= max_context <= limit:
+        raise UserError(f"max_context must be from 1 to the model's {limit}, but is {max_context}")
+    limit = max_context or limit
     return min(limit, max(limit if most < 0 else prompt + most for prompt, most in zip(prompts, limits, strict=True)))
 
 
 def _responses(
     engine: Engine, request: Request, tokenizer: Tokenizer, progress: Callable[[int, int], None] | None
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     stream = TextStream(tokenizer, request.params.stop)
     start = time.perf_counter()
     first = start
@@ -198,7 +176,7 @@ def _responses(
             text=text,
             token=token,
             logprobs=request.logprobs,
-            from_draft=False,
+            from_draft=request.from_draft,
             prompt_tokens=len(request.prompt),
             prompt_tps=len(request.prompt) / (first - start),
             generation_tokens=len(request.tokens),
@@ -292,16 +270,23 @@ def batch_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_batch: int = 32,
     prefill_step_size: int = 2048,
+    max_context: int | None = None,
+    max_kv_size: int | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
+    batch_invariant: bool = False,
     **sampling: Any,
 ) -> BatchResponse:
     """Answer many prompts (token ids) together, up to `max_batch` at a time.
 
     `prompt_caches`, one for each prompt and of one slot, hold what comes before it and are left as they are. `sampler`,
     `logits_processors` and all other keywords are those of `stream_generate`, for every prompt; keys and values are
-    quantised for all of them if the longest may fill more than `quantized_kv_start` positions.
+    quantised for all of them if the longest may fill more than `quantized_kv_start` positions. `max_kv_size` is by
+    default that of the smallest of the `prompt_caches` that have any.
+    Where memory does not do for all of them at once, some wait.
+    With `batch_invariant` an answer is, bit by bit, what it would be in other company, as long as `max_batch` and the
+    context (`max_context`, or what the longest prompt needs) are the same.
     Raises GenerationError if any request fails.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
@@ -314,15 +299,22 @@ def batch_generate(
     lengths = [len(prompt) + cached for prompt, cached in zip(prompts, before, strict=True)]
     for cache in prompt_caches or ():
         model.check_cache(cache)
-    kv = KVOptions(kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start)
-    context = context_for(model, lengths, limits)
+    if max_kv_size is None:
+        max_kv_size = min((cache.ring.size for cache in prompt_caches or () if cache.ring is not None), default=None)
+    kv = KVOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
+    context = context_for(model, lengths, limits, max_context)
+    lm = kv.model_for(model, context)
+    max_batch = max_batch if batch_invariant else min(max_batch, len(prompts))
+    budget = remaining(lm, slots=max_batch, prefill_step_size=prefill_step_size)
+    context = budget.fit(context, least=max(lengths) + 1, exact=max_context is not None)
     engine = Engine(
-        kv.model_for(model, context),
+        lm,
         eos_token_ids=tokenizer.eos_token_ids,
-        max_batch=min(max_batch, len(prompts)),
+        max_batch=max_batch,
         max_context=context,
         prefill_step_size=prefill_step_size,
-        sampler=_callbacks(sampler, logits_processors),
+        sampler=callbacks(sampler, logits_processors),
+        batch_invariant=batch_invariant,
     )
     _refuse_unknown(sampling)
     params = SamplingParams.from_generation_config(model.generation_config, **sampling, logprobs=return_logprobs)

@@ -16,6 +16,8 @@ from gfxlm.ops.ragged import Slots, ragged
 
 # Kernels are compiled apart for numbers of rows that are multiples of this and for others.
 _STEP = 16
+# Steps of the numbers of rows below it, where chunks of so few are many.
+_SMALL_STEP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,9 @@ class Fed:
 
     def at(self, rows: Sequence[int]) -> "tuple[Tensor, Tensor, Tensor]":
         """Hidden states, positions and slots of some rows."""
-        if len(rows) == 1:  # a view: nothing to launch
-            row = slice(rows[0], rows[0] + 1)
-            return self.hidden[row], self.positions[row], self.slots[row]
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):  # a view: nothing to launch
+            span = slice(rows[0], rows[0] + len(rows))
+            return self.hidden[span], self.positions[span], self.slots[span]
         index = torch.tensor(rows, device=self.hidden.device)
         return self.hidden[index], self.positions[index], self.slots[index]
 
@@ -65,12 +67,25 @@ class PaddedChunk:
 class PrefillStep:
     """Runs chunks of up to `most_rows` rows over one model and cache.
 
-    With a pool for recordings, a number of rows is recorded when it is needed for the second time, or by `warm_up`.
+    With a pool for recordings, a number of rows is recorded when it is needed for the second time, or by `warm_up`, or
+    with `always_recorded` at once: a recorded chunk goes through other kernels than one that is not.
+    Only where a cache forgets is a chunk never recorded: what its rows see depends on how they write over each other.
+    With `small`, chunks of a few rows are padded less, for they are what is mostly fed.
     """
 
-    def __init__(self, model: CausalLM, cache: Cache, most_rows: int, pool: Any = None) -> None:
-        self._model, self._cache, self._pool = model, cache, pool
-        self._most = min(most_rows, len(cache.lengths) * cache.max_context)
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: Cache,
+        most_rows: int,
+        pool: Any = None,
+        *,
+        small: bool = False,
+        always_recorded: bool = False,
+    ) -> None:
+        self._model, self._cache, self._pool, self._small = model, cache, pool, small
+        self._always_recorded = always_recorded
+        self._most = min(most_rows, len(cache.lengths) * cache.places)
         self._sequences = len(cache.lengths) + 1  # and padding
         self._buckets: dict[int, tuple[PaddedChunk, Graph]] = {}
         self._seen: set[int] = set()
@@ -81,7 +96,7 @@ class PrefillStep:
     def warm_up(self) -> None:
         """Record every number of rows, the largest first: the smaller ones fit into the memory that it has taken."""
         if self._pool is not None:
-            sizes = {bucket_rows(rows) for rows in range(1, self._most + 1)}
+            sizes = {bucket_rows(rows, small=self._small) for rows in range(1, self._most + 1)}
             for size in sorted(sizes, reverse=True):
                 self._recorded(size)
 
@@ -90,20 +105,26 @@ class PrefillStep:
 
         What it returns stands until the next run.
         """
-        lengths = self._cache.lengths
         spans, start = [], 0
         for slot, count in zip(slots, counts, strict=True):
-            spans.append(Span(slot, start, start + count, lengths[slot] + count))
-            lengths[slot] += count
+            spans.append(Span(slot, start, start + count, self._cache.lengths[slot] + count))
             start += count
-        size = bucket_rows(start)
-        if self._pool is None or not (size in self._seen or size in self._buckets):
+        fed = self._run(tokens, tuple(spans), start)
+        for span in spans:
+            self._cache.lengths[span.slot] = span.context
+        return fed
+
+    def _run(self, tokens: Sequence[int], spans: tuple[Span, ...], rows: int) -> Fed:
+        if self._pool is None or any(self._cache.forgets(span.context) for span in spans):
+            return self._at_once(tokens, spans)
+        size = bucket_rows(rows, small=self._small)
+        if not (self._always_recorded or size in self._seen or size in self._buckets):
             self._seen.add(size)
-            return self._at_once(tokens, tuple(spans))
+            return self._at_once(tokens, spans)
         chunk, graph = self._recorded(size)
         chunk.fill(tokens, spans)
         graph.replay()
-        return Fed(self._hidden[:start], chunk.positions[:start], chunk.slots[:start], tuple(spans))
+        return Fed(self._hidden[:rows], chunk.positions[:rows], chunk.slots[:rows], spans)
 
     def _at_once(self, tokens: Sequence[int], spans: tuple[Span, ...]) -> Fed:
         slots, counts = [span.slot for span in spans], [span.rows for span in spans]
@@ -126,7 +147,7 @@ class PrefillStep:
         self._hidden[: len(chunk.tokens)].copy_(chunk.forward(self._model, self._cache))
 
 
-def bucket_rows(rows: int) -> int:
-    """The number of rows that a chunk is padded to: at most a quarter more, in steps of 16 or more."""
-    step = max(_STEP, 1 << max(rows - 1, 1).bit_length() >> 3)
+def bucket_rows(rows: int, *, small: bool = False) -> int:
+    """The number of rows that a chunk is padded to: at most a quarter more, in steps of 16 or more, or of 4 below."""
+    step = _SMALL_STEP if small and rows < _STEP else max(_STEP, 1 << max(rows - 1, 1).bit_length() >> 3)
     return -(-rows // step) * step

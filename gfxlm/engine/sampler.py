@@ -206,6 +206,11 @@ class Sampler:
         """What a recording of `sample` is valid for."""
         return self.features
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a token depends on the ones before it."""
+        return self.features.history
+
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int] = ()) -> None:
         """Give `slot` to a request. Raises UserError where it asks for more than the sampler holds."""
         self._check(params)

@@ -17,7 +17,7 @@ _META = torch.device("meta")
 # Sequences and tokens of each. Numbers of tokens that are multiples of 16, and others, may be compiled apart.
 _STEPS = [(rows, 1) for rows in (1, 2, 3, 4, 8, 16, 32, 64)]
 _PROMPTS = [(1, tokens) for tokens in (2, 7, 15, 16, 31, 48, 65, 128, 500, 512, 1999, 2048)]
-_CHUNKS = sorted({bucket_rows(rows) for rows in range(1, 2049)})
+_CHUNKS = sorted({bucket_rows(rows, small=small) for rows in range(1, 2049) for small in (False, True)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from gfxlm.engine import decode
 from gfxlm.engine.decode import DecodeStep
-from gfxlm.engine.engine import Engine, Request
+from gfxlm.engine.engine import Engine
 from gfxlm.engine.load import load
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.request import Request
 from gfxlm.models.base import CausalLM
 
 

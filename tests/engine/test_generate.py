@@ -237,11 +237,9 @@ def test_nan_names_the_module() -> None:
 
 
 def test_what_is_missing_is_said(dense: tuple[CausalLM, Tokenizer]) -> None:
-    with pytest.raises(UserError, match=r"draft_model: .* not supported"):
-        gfxlm.generate(*dense, "x", draft_model=dense[0])
-    for name in ("max_kv_size", "num_draft_tokens"):
-        with pytest.raises(UserError, match=f"{name}: not supported"):
-            gfxlm.generate(*dense, "x", **{name: 8})
+    with pytest.raises(UserError, match="input_embeddings: not supported"):
+        gfxlm.generate(*dense, "x", input_embeddings=8)
+    for name in ("input_embeddings", "num_draft_tokens"):
         with pytest.raises(UserError, match=f"{name}: not supported"):
             gfxlm.batch_generate(*dense, [[1]], **{name: 8})
     with pytest.raises(TypeError, match=r"'heat'; known are .*temperature"):

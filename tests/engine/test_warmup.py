@@ -17,7 +17,7 @@ def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights are read")
 
     _without_weights.cache_clear()
-    monkeypatch.setattr(safetensors_file, "_read", read)
+    monkeypatch.setattr(safetensors_file.Extent, "read_into", read)
 
 
 @pytest.mark.usefixtures("_no_reading")
