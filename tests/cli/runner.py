@@ -1,6 +1,8 @@
 """The command line as the tests call it: in this process where logic is meant, in a shell where processes are."""
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,8 @@ def complaint(*arguments: str | Path, code: int = 2, text: str | bytes | None = 
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    """Start a process of its own, with all three streams piped."""
+    """Start a process of its own, with all three streams piped, that an interrupt reaches wherever the tests run."""
     command = [sys.executable, "-m", "gfxlm", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=_ENVIRONMENT)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=_ENVIRONMENT, preexec_fn=listen)
