@@ -1,13 +1,16 @@
 """`gfxlm tune`: measure which tile sizes are fastest on this GPU."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gfxlm.cli.gpu import require_triton
 from gfxlm.cli.text import note
 from gfxlm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def tune(
@@ -26,12 +29,17 @@ def tune(
     """
     import torch
 
-    if not torch.cuda.is_available():
+    from gfxlm.device.select import best_gpu
+
+    found = best_gpu()
+    if found is None:
         raise UserError("there is no GPU here, and nothing to measure")
+    device = torch.device("cuda", found.index or 0)
+    torch.cuda.set_device(device)
     if blas:
         if op or output:
             raise UserError("--blas: there are no operations to choose from, and its results go to gfxlm's cache")
-        return _tune_blas()
+        return _tune_blas(device)
     require_triton()
 
     from gfxlm.kernels import tuner
@@ -40,7 +48,6 @@ def tune(
     folder = output or user_configs()
     if folder is None:
         raise UserError("GFXLM_CONFIGS is empty: name a folder with --output")
-    device = torch.device("cuda", torch.cuda.current_device())
     for name in op or tuner.tunable():
         results = []
         for result in tuner.tune(name, device):
@@ -51,7 +58,7 @@ def tune(
             print(tuner.write(folder, name, device, results))
 
 
-def _tune_blas() -> None:
+def _tune_blas(device: "torch.device") -> None:
     """Verdicts on the libraries anew, and on AMD the fastest kernel for every product of the cases."""
     import torch
 
@@ -59,7 +66,6 @@ def _tune_blas() -> None:
     from gfxlm.device.gemm import TRITON
     from gfxlm.device.gemm_probe import ProbeError, probe
 
-    device = torch.device("cuda", torch.cuda.current_device())
     note("trying the BLAS libraries")
     try:
         found = probe(device)

@@ -55,12 +55,11 @@ def space(op: str) -> dict[str, list[Any]]:
     return values
 
 
-def asked_by(case: Case) -> list[Asked]:
-    """Which tables one call of the case asks, and with what facts. Runs nothing."""
+def asked_by(case: Case, device: torch.device) -> list[Asked]:
+    """Which tables one call of the case asks on the device, and with what facts. Runs nothing."""
     from gfxlm.kernels.launch import recording
 
-    arch = architecture(torch.device("cuda")) if torch.cuda.is_available() else architecture(torch.device("cpu"))
-    with torch.inference_mode(), recording(arch), tuning.asking() as asked:
+    with torch.inference_mode(), recording(architecture(device)), tuning.asking() as asked:
         case.make(torch.device("meta"))()
     return list(dict.fromkeys(asked))
 
@@ -70,7 +69,7 @@ def tune(op: str, device: torch.device) -> Iterator[Tuned]:
     candidates, seen = space(op), set[Facts]()
     for cases in catalogue().values():
         for case in cases:
-            for asked, facts in asked_by(case):
+            for asked, facts in asked_by(case, device):
                 if asked == op and facts not in seen:
                     seen.add(facts)
                     with torch.inference_mode():

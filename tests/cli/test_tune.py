@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from gfxlm.device import gemm, gemm_probe
+from gfxlm.device import gemm, gemm_probe, select
 from gfxlm.device.arch import assume, named
 from gfxlm.device.gemm import CUBLAS, Verdict
 from gfxlm.device.gemm_probe import ProbeError
+from gfxlm.kernels import tuner
 from tests.cli.runner import complaint, run
 
 
@@ -18,7 +19,8 @@ from tests.cli.runner import complaint, run
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that can be named, and not used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
@@ -54,3 +56,13 @@ def test_a_probe_that_does_not_start(gpu: None, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(gemm_probe, "probe", refused)
     assert run("tune", "--blas").stderr.endswith("error: the BLAS libraries could not be tried: out of memory\n")
+
+
+def test_the_graphics_card_is_tuned_not_the_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(select, "best_gpu", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "set_device", tried.append)
+    monkeypatch.setattr(tuner, "tunable", lambda: ["toy"])
+    monkeypatch.setattr(tuner, "tune", lambda op, device: tried.append(device) or [])
+    run("tune", "--output", "nowhere")
+    assert tried == [torch.device("cuda", 1)] * 2
