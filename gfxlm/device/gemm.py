@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gfxlm.device.arch import Architecture, architecture
+from gfxlm.device.files import cache_folder, write_whole
 
 HIPBLASLT, ROCBLAS, CUBLASLT, CUBLAS, TRITON, ONEDNN = "hipBLASLt", "rocBLAS", "cuBLASLt", "cuBLAS", "Triton", "oneDNN"
 # Torch's names, which are NVIDIA's on AMD too.
@@ -65,13 +66,9 @@ class Verdicts:
 
     def save(self) -> Path:
         """Write them, whole or not at all, for every process from now on."""
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.new")
-        scratch.write_text(json.dumps({"verdicts": [asdict(verdict) for verdict in self.found]}, indent=1) + "\n")
-        scratch.replace(path)
+        write_whole(self.path, json.dumps({"verdicts": [asdict(verdict) for verdict in self.found]}, indent=1) + "\n")
         forget()
-        return path
+        return self.path
 
 
 def order(arch: Architecture) -> tuple[str, ...]:
@@ -125,11 +122,6 @@ def forget() -> None:
     """Read the verdicts anew when they are next asked for."""
     _read.cache_clear()
     _chosen.cache_clear()
-
-
-def cache_folder() -> Path:
-    """Where gfxlm keeps what it found out about a machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gfxlm"
 
 
 @functools.lru_cache(maxsize=256)

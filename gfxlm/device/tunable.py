@@ -14,6 +14,7 @@ import torch
 import torch.cuda.tunable as tunable
 
 from gfxlm.device import gemm
+from gfxlm.device.files import write_whole
 from gfxlm.device.gemm import HIPBLASLT, ROCBLAS
 
 # Of the default's numbers, which a candidate must agree with: some roundings of bfloat16 in sums of thousands.
@@ -69,8 +70,5 @@ def _write(path: Path) -> Path:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerows(("Validator", *validator) for validator in tunable.get_validators())
     rows.writerows(tunable.get_results())  # type: ignore[arg-type]  # a list of them, whatever torch's hints say
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.new")
-    scratch.write_text(text.getvalue())
-    scratch.replace(path)
+    write_whole(path, text.getvalue())
     return path

@@ -3,19 +3,17 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from gfxlm.engine.budget import Budget, remaining
 from gfxlm.engine.decode import DecodeStep, Sampled
 from gfxlm.engine.prefill import PrefillStep
+from gfxlm.engine.request import TokenSampler
 from gfxlm.engine.snapshots import Snapshots
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
-
-if TYPE_CHECKING:
-    from gfxlm.engine.request import TokenSampler
 
 MAX_DRAFT_TOKENS = 64
 
@@ -27,7 +25,7 @@ class Target:
     model: CausalLM
     slots: int
     max_context: int
-    sampler: "TokenSampler"
+    sampler: TokenSampler
     most_rows: int
     pool: Any = None
 
@@ -257,7 +255,7 @@ def check_options(draft_model: bool, num_draft_tokens: int, prompt_lookup_num_to
 class _Guess:
     """Samples a draft as the engine's own sampler would, or greedily where that one must not be asked twice."""
 
-    sampler: "TokenSampler"
+    sampler: TokenSampler
 
     @property
     def graph_key(self) -> Hashable:

@@ -10,6 +10,7 @@ import torch
 
 from gfxlm.engine.budget import remaining
 from gfxlm.engine.generate import context_for
+from gfxlm.engine.prefill import PrefillStep
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
@@ -22,7 +23,6 @@ from gfxlm.models.cache import (
     save_prompt_cache,
 )
 from gfxlm.nn.cache import Cache
-from gfxlm.ops.ragged import ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,10 @@ def prefill(
     model: CausalLM, cache: Cache, tokens: Sequence[int], step: int, progress: Callable[[int, int], None]
 ) -> None:
     """Let a cache's only slot take in more tokens, `step` at a time."""
+    prefill_step = PrefillStep(model, cache, step)
     for start in range(0, len(tokens), step):
-        part = torch.tensor(tokens[start : start + step], device=model.device)
-        positions, slots = ragged([0], [len(part)], cache.lengths, model.device)
-        model.forward(part, positions, slots, cache)
-        cache.lengths[0] += len(part)
+        part = tokens[start : start + step]
+        prefill_step.run(part, [0], [len(part)])
         progress(start + len(part), len(tokens))
 
 

@@ -4,10 +4,10 @@ Silent wrong text is the worst that a driver, a compiler or a kernel can do to a
 with its own weights, on a short prompt and then on one token more: `engine.trial` has the steps.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 
 from gfxlm import __version__
 from gfxlm.device.arch import gpu_name
+from gfxlm.device.files import cache_folder, write_whole
 from gfxlm.device.threads import single_thread
 from gfxlm.device.versions import versions
 from gfxlm.engine.trial import Fault, Trial
@@ -42,7 +43,7 @@ def require(model: CausalLM) -> None:
     """Raise UserError if the model's GPU gets it wrong. Asked once for each kind of model, GPU, driver and version."""
     if model.device.type != "cuda":
         return
-    path, key = _passed_file(), _key(model)
+    path, key = cache_folder() / "self-test.json", _key(model)
     passed = _read(path)
     if key in passed:
         return
@@ -52,7 +53,8 @@ def require(model: CausalLM) -> None:
             f"{gpu_name(model.device)} computes wrong numbers, and text would be wrong: {faults[0]}{more}; "
             "gfxlm doctor says more, --no-self-test goes on all the same"
         )
-    _write(path, sorted({*passed, key}))
+    with contextlib.suppress(OSError):  # where nothing can be written, the next load asks once more
+        write_whole(path, json.dumps(sorted({*passed, key})))
 
 
 def different_layers(model: CausalLM) -> Iterator[tuple[int, DecoderLayer]]:
@@ -92,11 +94,6 @@ def _key(model: CausalLM) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _passed_file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(f"{cache}/gfxlm/self-test.json").expanduser()
-
-
 def _read(path: Path) -> list[str]:
     """Keys of what has passed; none where the file is not what was written."""
     try:
@@ -104,14 +101,3 @@ def _read(path: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     return [key for key in passed if isinstance(key, str)] if isinstance(passed, list) else []
-
-
-def _write(path: Path, passed: list[str]) -> None:
-    """Whole or not at all; where nothing can be written, the next load asks once more."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(passed))
-        scratch.replace(path)
-    except OSError:
-        return

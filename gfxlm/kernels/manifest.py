@@ -6,11 +6,11 @@ these three are what they were, so is the machine code. Reading the record needs
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from gfxlm.device.arch import AMD, named
+from gfxlm.device.files import write_whole
 
 FOLDER = Path(__file__).parent / "manifest"
 TARGETS = tuple(name for name in AMD if named(name).kernels)
@@ -29,13 +29,10 @@ def read(arch: str, folder: Path = FOLDER) -> Entry:
 
 def write(arch: str, record: Entry, folder: Path = FOLDER) -> None:
     """Write an architecture's record, one launch a line, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     cases = []
     for name, entry in sorted(record["cases"].items()):
         rows = ",\n   ".join(json.dumps(row) for row in entry["launches"])
         head = json.dumps({key: value for key, value in entry.items() if key != "launches"})
         cases.append(f' {json.dumps(name)}: {head[:-1]}, "launches": [\n   {rows}]}}')
     text = f'{{"triton": {json.dumps(record["triton"])}, "cases": {{\n' + ",\n".join(cases) + "\n}}\n"
-    scratch = folder / f"{arch}.json.{os.getpid()}"
-    scratch.write_text(text)
-    scratch.replace(folder / f"{arch}.json")
+    write_whole(folder / f"{arch}.json", text)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.device.arch import architecture
+from gfxlm.device.files import write_whole
 from gfxlm.device.timing import microseconds, rotated
 from gfxlm.errors import UserError
 from gfxlm.kernels import tuning
@@ -145,10 +146,7 @@ def write(folder: Path, op: str, device: torch.device, results: list[Tuned]) -> 
     """Write `<folder>/<architecture>/<op>.json`, one rule a line, whole or not at all."""
     found = table(results, op, device)
     path = folder / architecture(device).name / f"{op}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rules = ",\n    ".join(json.dumps(rule) for rule in found["rules"])
-    scratch = path.with_suffix(".new")
-    scratch.write_text(f'{{"against": "{found["against"]}", "rules": [\n    {rules}\n]}}\n')
-    scratch.replace(path)
+    write_whole(path, f'{{"against": "{found["against"]}", "rules": [\n    {rules}\n]}}\n')
     tuning.forget()
     return path

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from gfxlm.device.arch import Architecture, architecture
+from gfxlm.device.files import cache_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -85,8 +86,7 @@ def user_configs() -> Path | None:
     """Where `gfxlm tune` writes, a folder for each architecture: GFXLM_CONFIGS, none if that is set and empty."""
     folder = os.environ.get("GFXLM_CONFIGS")
     if folder is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = f"{cache}/gfxlm/configs"
+        return cache_folder() / "configs"
     return Path(folder).expanduser() if folder else None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,16 +42,33 @@ class KVFormat:
         raise UserError(f"heads of {head_dim} features cannot be quantised in groups of {self.group_size}; {instead}")
 
 
+S = TypeVar("S", Tensor, Quantized)
+
+
 @dataclass(frozen=True, slots=True)
-class KVCache:
+class _Stores(Generic[S]):
+    """One layer's keys and values, however they are stored, and the book that says whose the pages are."""
+
+    keys: S
+    values: S
+    pages: Pages | None = None
+
+    @property
+    def table(self) -> Tensor | None:
+        """The page table that goes with keys and values, int32 (slots, n)."""
+        return None if self.pages is None else self.pages.table
+
+    def write(self, keys: Tensor, values: Tensor, positions: Tensor, slots: Slots) -> None:
+        """Store the rows of a flattened batch, (N, kv_heads, head_dim), at their slots and positions."""
+        write_kv(keys, values, self.keys, self.values, positions, slots, pages=self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache(_Stores[Tensor]):
     """Keys and values of one attention layer, (slots, max_context, kv_heads, head_dim) each.
 
     With `pages` they are (pages, page size, ...), and the book says which page is whose.
     """
-
-    keys: Tensor
-    values: Tensor
-    pages: Pages | None = None
 
     @classmethod
     def allocate(
@@ -69,15 +87,6 @@ class KVCache:
         keys, values = (torch.empty(*places, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
         return cls(keys, values, pages)
 
-    def write(self, keys: Tensor, values: Tensor, positions: Tensor, slots: Slots) -> None:
-        """Store the rows of a flattened batch, (N, kv_heads, head_dim), at their slots and positions."""
-        write_kv(keys, values, self.keys, self.values, positions, slots, pages=self.table)
-
-    @property
-    def table(self) -> Tensor | None:
-        """The page table that goes with keys and values, int32 (slots, n)."""
-        return None if self.pages is None else self.pages.table
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is stored, each (slots, max_context, ...) or (pages, page size, ...)."""
@@ -94,12 +103,8 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedKVCache:
+class QuantizedKVCache(_Stores[Quantized]):
     """Keys and values of one attention layer in affine codes of 4 or 8 bits, with a scale and a bias a group."""
-
-    keys: Quantized
-    values: Quantized
-    pages: Pages | None = None
 
     @classmethod
     def allocate(
@@ -125,15 +130,6 @@ class QuantizedKVCache:
             return Quantized(codes, scales, bits, group_size)
 
         return cls(store(), store(), pages)
-
-    def write(self, keys: Tensor, values: Tensor, positions: Tensor, slots: Slots) -> None:
-        """Quantise and store the rows of a flattened batch, (N, kv_heads, head_dim)."""
-        write_kv(keys, values, self.keys, self.values, positions, slots, pages=self.table)
-
-    @property
-    def table(self) -> Tensor | None:
-        """The page table that goes with keys and values, int32 (slots, n)."""
-        return None if self.pages is None else self.pages.table
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

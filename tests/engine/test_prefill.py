@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.load import load
-from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.prefill import PaddedChunk, PrefillStep, bucket_rows
 from gfxlm.kernels.batch import Span
 from gfxlm.models.base import CausalLM
 from gfxlm.ops.ragged import ragged
+from tests.engine.serving import serve
 
 # Prompt lengths and lengths of answers: buckets that are full, not full, needed once and again, and several chunks.
 REQUESTS = [(5, 40), (1, 1), (17, 30), (300, 50), (40, 60), (9, 2), (128, 20)] * 3
@@ -62,17 +62,7 @@ def texts(model: CausalLM, *, overlap: bool, warm: bool = False) -> list[list[in
     engine = Engine(model, max_batch=3, max_context=512, prefill_step_size=128, overlap=overlap)
     if warm:
         engine.warm_up()
-    requests = []
-    for number, (length, most) in enumerate(REQUESTS):
-        prompt = [(number * 7 + i * i) % 4000 for i in range(length)]
-        params = SamplingParams(max_tokens=most, temperature=0.8 if number % 2 else 0.0, seed=number)
-        requests.append(engine.add(prompt, params))
-        if number % 2:
-            engine.step()
-    while engine.busy:
-        engine.step()
-    assert not any(request.error for request in requests)
-    return [request.tokens for request in requests]
+    return [request.tokens for request in serve(engine, REQUESTS)]
 
 
 def test_prompts_beside_decode_steps_give_the_same_text() -> None:

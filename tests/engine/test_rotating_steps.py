@@ -7,11 +7,11 @@ from torch import Tensor
 from gfxlm.device.arch import named
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.load import load
-from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 from gfxlm.kernels import tuning
 from gfxlm.models.base import CausalLM
 from gfxlm.ops.ragged import ragged
+from tests.engine import serving
 from tests.engine.test_launch_counts import CONTEXT, hollow, layer_calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,16 +29,7 @@ def serve(model: CausalLM, *, overlap: bool, warm: bool = False) -> list[Request
     engine = Engine(model.with_rotating_kv(SIZE), max_batch=3, max_context=512, prefill_step_size=48, overlap=overlap)
     if warm:
         engine.warm_up()
-    requests = []
-    for number, (length, most) in enumerate(REQUESTS):
-        prompt = [(number * 7 + i * i) % 4000 for i in range(length)]
-        params = SamplingParams(max_tokens=most, temperature=0.8 if number % 2 else 0.0, seed=number)
-        requests.append(engine.add(prompt, params))
-        if number % 2:
-            engine.step()
-    while engine.busy:
-        engine.step()
-    assert not any(request.error for request in requests)
+    requests = serving.serve(engine, REQUESTS)
     assert [len(request.tokens) for request in requests] == [most for _, most in REQUESTS]
     return requests
 
