@@ -39,10 +39,13 @@ def _facts(arch: Architecture) -> Rows:
         "wave": f"{arch.wave} lanes",
         "matrix units": arch.matrix,
         "shared memory": f"{arch.shared_bytes >> 10} KiB a program",
+        "registers": f"{arch.registers} a SIMD, in lots of {arch.register_lot}" if arch.vendor == "amd" else "",
         "cache line": f"{arch.cache_line} bytes",
         "kind": "integrated" if arch.integrated else "discrete",
         "kernels": "ours, by Triton" if arch.kernels else "none: plain torch",
     }
+    if arch.stride_cliff:
+        rows["stride cliff"] = f"rows a multiple of {arch.stride_cliff} bytes apart are read slowly"
     if arch.bandwidth:
         rows["read bandwidth"] = f"{arch.bandwidth:.0f} GB/s"
     if arch.matrix_rate:
@@ -76,7 +79,7 @@ def _regimes() -> Rows:
     """Up to how many rows which kernel multiplies; the rest is `wide`."""
     rows = {}
     for n, k in _SHAPES:
-        limits = config("linear", _META, n=n, skinny=True)
+        limits = config("linear", _META, n=n, k=k, bits=4, skinny=True)
         parts = [f"matvec to {limits['matvec_rows']} rows"]
         if limits["skinny_rows"] > limits["matvec_rows"]:
             parts.append(f"skinny to {limits['skinny_rows']}")

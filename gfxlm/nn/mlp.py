@@ -7,6 +7,7 @@ from torch import Tensor
 from gfxlm.nn.linear import Linear, MergedLinear
 from gfxlm.nn.module import Module, join
 from gfxlm.ops.moe import SharedExpert, expert_mlp, route
+from gfxlm.ops.ragged import Slots
 from gfxlm.weights.source import WeightSource
 from gfxlm.weights.weight import Weight
 
@@ -20,8 +21,10 @@ class GatedMLP(Module):
         self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (N, hidden) -> (N, hidden)
-        """What is added to `residual` where one is given."""
+    def forward(  # (N, hidden) -> (N, hidden)
+        self, x: Tensor, residual: Tensor | None = None, slots: Slots | None = None
+    ) -> Tensor:
+        """What is added to `residual` where one is given. `slots` are of no account: every row is multiplied alike."""
         return self.down_proj(self.gate_up_proj.swiglu(x), residual)
 
 
@@ -81,10 +84,14 @@ class SparseMoE(Module):
         if shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(hidden_size, shared_intermediate_size)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (N, hidden) -> (N, hidden)
-        """What is added to `residual` where one is given."""
+    def forward(  # (N, hidden) -> (N, hidden)
+        self, x: Tensor, residual: Tensor | None = None, slots: Slots | None = None
+    ) -> Tensor:
+        """What is added to `residual` where one is given. Rows that `slots` call padding have no experts."""
         logits, *shared_logits = self.gate(x)
-        experts, scores = route(logits, self.top_k, normalize=self.normalize)
+        experts, scores = route(
+            logits, self.top_k, normalize=self.normalize, slots=None if slots is None else slots.index
+        )
         shared = None
         if self.has_shared_expert:
             mlp = self.shared_expert

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfxlm.ops.matrix import dense_matmul
+
 # Above this many rows, expanding the weight once and multiplying densely is faster.
 _DENSE_ROWS = 384
 _GROUP_SIZES = (32, 64, 128)
@@ -188,7 +190,7 @@ def int4_matmul(x: Tensor, weight: Int4Weight) -> Tensor:
     """`x @ w.T` for one matrix: bfloat16 (..., K) to (..., N)."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] > _DENSE_ROWS:
-        out = flat @ int4_dense(weight)
+        out = dense_matmul(flat, int4_dense(weight).mT)
     else:
         out = _plane_matmul(flat.contiguous(), weight, 0)
         if len(weight.planes) == 2:

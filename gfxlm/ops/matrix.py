@@ -2,10 +2,13 @@
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gfxlm.ops._common import kernels_take
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Matrix(Protocol):
@@ -34,7 +37,15 @@ def dense_matmul(x: Tensor, w: Tensor) -> Tensor:
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x: last dimension {x.shape[-1]} does not match w {tuple(w.shape)}")
     if x.numel() == 0 or not kernels_take(x, w):
-        return F.linear(x, w)
+        return _padded_linear(x, w) if x.device.type == "cpu" and x.dtype in _HALVES else F.linear(x, w)
     from gfxlm.kernels.linear.dense import product
 
     return product(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
+
+
+def _padded_linear(x: Tensor, w: Tensor) -> Tensor:
+    """`F.linear` of few different numbers of rows: oneDNN keeps half a megabyte for each, and never gives it back."""
+    rows = x.shape[:-1].numel()
+    step = 1 if rows <= 8 else 8 if rows <= 64 else 64
+    flat = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % step))
+    return F.linear(flat, w)[:rows].view(*x.shape[:-1], w.shape[0])

@@ -39,20 +39,23 @@ class SharedExpert:
         return torch.sigmoid(self.logits.float()) * self.down.matmul(self.gate_up.swiglu(x)).float()
 
 
-def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, *, normalize: bool, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose experts: softmax over all in fp32, the `top_k` best, their scores rescaled to 1 if `normalize`.
 
-    logits (T, E); returns expert indices int64 and scores fp32, (T, top_k) each, best first. ValueError if logits are
-    not floating (T, E), or top_k is not from 1 to E.
+    logits (T, E); returns expert indices int64 and scores fp32, (T, top_k) each, best first. A row of
+    a negative slot, int64 (T,), is padding: on a GPU it gets experts -1, which `expert_mlp` there reads nothing for.
+    ValueError if logits are not floating (T, E), slots not int64 (T,), or top_k is not from 1 to E.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits: must be floating (T, E), got {logits.dtype} {tuple(logits.shape)}")
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k: must be from 1 to the number of experts, {logits.shape[1]}, got {top_k}")
+    if slots is not None and (slots.shape != logits.shape[:1] or slots.dtype != torch.int64):
+        raise ValueError(f"slots: must be int64 ({len(logits)},), got {slots.dtype} {tuple(slots.shape)}")
     if on_gpu(logits) and logits.dtype in KERNEL_TYPES:
         from gfxlm.kernels.moe.router import route as kernel
 
-        return kernel(logits, top_k, normalize)
+        return kernel(logits, top_k, normalize, slots)
     scores, experts = torch.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
     return experts, scores / scores.sum(-1, keepdim=True) if normalize else scores
 

@@ -83,7 +83,8 @@ def _for_few_rows(x: Tensor, packed: Packed) -> Callable[..., Tensor] | None:
     from gfxlm.kernels.linear.skinny import skinny, skinny_takes
     from gfxlm.kernels.tuning import config
 
-    limits = config("linear", x.device, n=packed.rows, skinny=skinny_takes(packed, x.dtype))
+    facts = {"n": packed.rows, "k": packed.columns, "bits": packed.bits, "skinny": skinny_takes(packed, x.dtype)}
+    limits = config("linear", x.device, **facts)
     if x.shape[0] <= limits["matvec_rows"]:
         return matvec
     return skinny if x.shape[0] <= limits["skinny_rows"] else None

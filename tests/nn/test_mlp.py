@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfxlm.nn import mlp as mlp_module
 from gfxlm.nn.mlp import GatedMLP, SparseMoE
+from gfxlm.ops.moe import route
 from gfxlm.ops.quantized import dequantize, quantize
+from gfxlm.ops.ragged import Slots
 from gfxlm.weights.config import QuantizationMap
 from gfxlm.weights.safetensors_file import LazyTensor
 from gfxlm.weights.source import WeightSource
@@ -85,6 +88,21 @@ def test_company_does_not_change_a_token_of_a_sparse_block() -> None:
     together = block(x)
     for row in range(9):
         assert torch.allclose(block(x[row : row + 1])[0], together[row], atol=1e-6)
+
+
+def test_the_router_is_told_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = SparseMoE(HIDDEN, INNER, EXPERTS, TOP_K, normalize=True)
+    load(block, {path: shape for path, shape in SHAPES.items() if "shared" not in path}, EXPERT_BITS)
+    told = []
+
+    def spy(logits: Tensor, top_k: int, *, normalize: bool, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+        told.append(slots)
+        return route(logits, top_k, normalize=normalize, slots=slots)
+
+    monkeypatch.setattr(mlp_module, "route", spy)
+    index = torch.tensor([0, 4, -1])
+    block(torch.randn(3, HIDDEN), None, Slots(index, ()))
+    assert told == [index]
 
 
 def test_gated_mlp() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gfxlm.device import gemm
 from gfxlm.device.arch import assume, named
@@ -42,3 +43,20 @@ def test_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with assume(named("gfx1030")):
         x = torch.empty(3, 8, device="meta")
         assert dense_matmul(x, x).shape == (3, 3)
+
+
+def test_half_precision_on_a_cpu_sees_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, seen = F.linear, set()
+
+    def counted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        return linear(x, w)
+
+    w = torch.randn(24, 32).bfloat16()
+    monkeypatch.setattr(F, "linear", counted)
+    for rows in range(1, 600):
+        x = torch.randn(rows, 32).bfloat16()
+        y = dense_matmul(x, w)
+        assert y.shape == (rows, 24)
+        torch.testing.assert_close(y.double(), x.double() @ w.double().mT, rtol=2**-8, atol=1e-3)
+    assert len(seen) <= 8 + 7 + 9  # oneDNN keeps something for each of them

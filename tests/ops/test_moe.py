@@ -65,6 +65,11 @@ def test_route_says_what_is_wrong(logits: Tensor, top_k: int, message: str) -> N
         route(logits, top_k, normalize=True)
 
 
+def test_route_wants_a_slot_a_token() -> None:
+    with pytest.raises(ValueError, match=r"slots: must be int64 \(3,\), got torch.int64 \(2,\)"):
+        route(torch.zeros(3, 4), 1, normalize=True, slots=torch.zeros(2, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

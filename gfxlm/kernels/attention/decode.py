@@ -72,7 +72,7 @@ def decode_kernel(
     after_the_last(early)
     i_split, i_pack, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(p_slots + i_sequence * queries)
-    first, last, position, _ = share(p_positions, i_sequence, i_split, queries, window, splits, BLOCK_N)
+    first, last, position = share(p_positions, i_sequence, i_split, queries, window, splits, BLOCK_N)
     if slot < 0:
         last = first
     if (splits > 1) & (first >= last):

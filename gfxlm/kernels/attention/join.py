@@ -9,13 +9,14 @@ from gfxlm.kernels.early import after_the_last, before_the_next
 
 @triton.jit
 def share(p_positions, i_sequence, i_split, queries: tl.constexpr, window: tl.constexpr, splits, BLOCK_N: tl.constexpr):
-    """The keys [first, last) of one split, and how many splits have any."""
+    """The keys [first, last) of one split, or of several: none has more than one block more than another."""
     position = tl.load(p_positions + i_sequence * queries).to(tl.int32)
     context = tl.load(p_positions + i_sequence * queries + queries - 1).to(tl.int32) + 1
     start = tl.maximum(position - window + 1, 0) if window > 0 else 0
-    each = tl.cdiv(tl.cdiv(context - start, splits), BLOCK_N) * BLOCK_N
-    first = start + i_split * each
-    return first, tl.minimum(first + each, context), position, tl.cdiv(context - start, each)
+    blocks = tl.cdiv(context - start, BLOCK_N)
+    # Rounded up: the first split, which has the sink, always has keys.
+    first = start + tl.cdiv(i_split * blocks, splits) * BLOCK_N
+    return first, tl.minimum(start + tl.cdiv((i_split + 1) * blocks, splits) * BLOCK_N, context), position
 
 
 @triton.jit
@@ -53,8 +54,8 @@ def join_kernel(
     b_sum = tl.load(p_tops + n_parts + o_part, mask=m_s, other=0.0)
     p_part = p_parts + o_part[:, None] * DV + o_dv[None, :]
     b_parts = tl.load(p_part, mask=m_s[:, None] & m_dv[None, :], other=0.0)  # (BLOCK_S, BLOCK_DV)
-    live = share(p_positions, i_row // queries, 0, queries, window, splits, BLOCK_N)[3]
-    m_s = o_s < tl.where(tl.load(p_slots + i_row) < 0, 0, live)
+    first, last, _ = share(p_positions, i_row // queries, o_s, queries, window, splits, BLOCK_N)
+    m_s &= (first < last) & (tl.load(p_slots + i_row) >= 0)
     b_max = tl.where(m_s, b_max, -3.4028234663852886e38)
     b_weights = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
     total = tl.sum(tl.where(m_s, b_sum, 0.0) * b_weights, 0)

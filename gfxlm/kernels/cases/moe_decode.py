@@ -70,7 +70,8 @@ def cases() -> list[Case]:
 def _route(block: _Block, tokens: int, dtype: torch.dtype = _HALF, *, headline: bool = False) -> Case:
     def make(device: torch.device) -> Call:
         logits = torch.zeros(tokens, block.experts, dtype=dtype, device=device)
-        return lambda: route(logits, block.top_k, True)
+        slots = torch.zeros(tokens, dtype=torch.int64, device=device)
+        return lambda: route(logits, block.top_k, True, slots)
 
     name = f"moe_route/{block.name}/{_short(dtype)}/t{tokens}"
     return Case(name, make, tokens * block.experts * dtype.itemsize, headline=headline)

@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def cases() -> list[Case]:
-    """The linear layers of Qwen3-8B and Qwen3-Coder-Next over 128, 512 and 2048 rows; every format; odd sizes."""
+    """The linear layers of Qwen3-8B and Qwen3-Coder-Next over 24 to 2048 rows; every format; odd sizes."""
     found = []
     for n, k in SHAPES:
         for m in (128, 512, 2048):
@@ -47,7 +47,13 @@ def cases() -> list[Case]:
         name = _name(fmt)
         found += [_wide(f"4096x4096/{name}/m{m}", m, 4096, 4096, fmt, BF16) for m in (100, 300)]
         found.append(_dequantize(f"4096x4096/{name}", 4096, 4096, fmt))
+    # Few rows, whose programs share K.
+    for n, k in ((4096, 4096), (6144, 4096), (12288, 2048)):
+        found += [_wide(f"{n}x{k}/affine4/m{m}", m, n, k, AFFINE4, BF16) for m in (24, 64)]
     found += [
+        _wide("4096x12288/affine4/added/m24", 24, 4096, 12288, AFFINE4, BF16, added=True),
+        _wide("1000x320/affine4/float16/added/m40", 40, 1000, 320, AFFINE4, torch.float16, added=True),
+        _wide("4096x4096/mxfp4/m24", 24, 4096, 4096, (32, 4, "mxfp4"), BF16),
         _wide("24576x4096/affine4/float16/m256", 256, 24576, 4096, AFFINE4, torch.float16, headline=True),
         _wide("4096x4096/affine4/float32/m128", 128, 4096, 4096, AFFINE4, torch.float32),
         _wide("4096x4096/affine8/float16/m128", 128, 4096, 4096, (64, 8, "affine"), torch.float16),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.sizes import cdiv, next_power_of_2
@@ -35,8 +36,10 @@ def tile_sums(dealt: Tensor, period: int, tile: int) -> Tensor:
 
 
 @triton.jit
-def deal_kernel(p_x, p_y, stride_x, K: tl.constexpr, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
+def deal_kernel(p_x, p_y, stride_x, K: tl.constexpr, PERIOD: tl.constexpr, early: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK periods of one row, plane by plane."""
+    before_the_next(early)
+    after_the_last(early)
     row = tl.program_id(0).to(tl.int64)
     o_p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     plane = tl.arange(0, PERIOD)

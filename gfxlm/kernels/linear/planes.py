@@ -161,6 +161,7 @@ def tile_dot(
     p_x,  # (BLOCK_M,) each row of x, dealt into planes
     p_sums,  # (BLOCK_M,) each row of x's `tile_sums`, for UNPACK "sums"
     m_x,  # (BLOCK_M,) which rows of x there are
+    split,  # which of the SPLITS shares of K
     K: tl.constexpr,
     BITS: tl.constexpr,
     PERIOD: tl.constexpr,
@@ -169,17 +170,24 @@ def tile_dot(
     SCALES: tl.constexpr,
     UNPACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """acc + w @ x.T, over BLOCK_W periods at a time. The weight is the first operand: its planes stay in registers."""
+    """acc + w @ x.T over one share of K, BLOCK_W periods at a time.
+
+    The weight is the first operand: its planes stay in registers.
+    """
     rows: tl.constexpr = acc.shape[0]
     periods: tl.constexpr = K // PERIOD
     groups: tl.constexpr = max(1, BLOCK_W * PERIOD // GROUP)
-    even: tl.constexpr = periods % BLOCK_W == 0
+    tiles: tl.constexpr = (periods + BLOCK_W * SPLITS - 1) // (BLOCK_W * SPLITS)  # of a share
+    even: tl.constexpr = periods == tiles * SPLITS * BLOCK_W
     dtype: tl.constexpr = p_x.dtype.element_ty
     # A mask of constants vanishes.
     all_p = tl.full([BLOCK_W], True, tl.int1)
     all_g = tl.full([groups], True, tl.int1)
-    for start in range(0, periods, BLOCK_W):
+    for i in range(tiles):
+        # Written as a product, a start is known to be aligned: loads are not pipelined otherwise.
+        start = (split * tiles + i) * BLOCK_W
         o_p = start + tl.arange(0, BLOCK_W)
         m_p = all_p if even else o_p < periods
         b_w = load_halves(p_w + o_w[:, None], o_p[None, :], m_p[None, :], PERIOD * BITS // 16)  # (BLOCK_N, BLOCK_W)
@@ -217,5 +225,6 @@ def tile_dot(
                         b_plane += b_bias
                 acc = tl.dot(b_plane.to(dtype), b_x, acc, input_precision="ieee")
         if UNPACK == "sums":
-            acc += b_scale * b_part + b_bias * tl.load(p_sums + start // BLOCK_W, mask=m_x, other=0)[None, :]
+            m_sums = m_x if even else tl.where(start < periods, m_x, False)
+            acc += b_scale * b_part + b_bias * tl.load(p_sums + start // BLOCK_W, mask=m_sums, other=0)[None, :]
     return acc

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gfxlm.kernels.early import after_the_last, before_the_next
 from gfxlm.kernels.launch import launch
 from gfxlm.kernels.layout import adjacent
 from gfxlm.kernels.linear.deal import deal, tile_sums
 from gfxlm.kernels.linear.dense import product
 from gfxlm.kernels.linear.dequantize import dequantize
+from gfxlm.kernels.linear.parts import add_parts
 from gfxlm.kernels.linear.planes import format_of, operands, tile_dot, tile_periods, unpacking
 from gfxlm.kernels.packed import Packed
 from gfxlm.kernels.sizes import cdiv
@@ -27,7 +29,7 @@ def wide_kernel(
     p_biases,
     p_bias,  # (N,) or None
     p_residual,  # (M, N) or None
-    p_y,  # (M, N)
+    p_y,  # (M, N), or fp32 (SPLITS, M, N)
     M,
     N,
     stride_w,
@@ -41,14 +43,18 @@ def wide_kernel(
     MODE: tl.constexpr,
     SCALES: tl.constexpr,
     UNPACK: tl.constexpr,
+    early: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """BLOCK_N columns of BLOCK_M rows of y. Neighbouring programs share the rows of w."""
+    """BLOCK_N columns of BLOCK_M rows of y, or what one share of K gives. Neighbouring programs share the rows of w."""
     m_blocks = tl.cdiv(M, BLOCK_M)
     first_n = (tl.program_id(0) // m_blocks).to(tl.int64) * BLOCK_N
     first_m = (tl.program_id(0) % m_blocks).to(tl.int64) * BLOCK_M
+    split = tl.program_id(1) if SPLITS > 1 else 0
+    after_the_last(early)
     # Rows of w past the end repeat the last one, and are not stored: no mask in the loop.
     o_n = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
     o_m = tl.arange(0, BLOCK_M)
@@ -64,6 +70,7 @@ def wide_kernel(
         p_x + first_m * K + o_m * K,
         p_sums + (first_m + o_m) * (K // PERIOD // BLOCK_W),
         first_m + o_m < M,
+        split,
         K,
         BITS,
         PERIOD,
@@ -72,7 +79,9 @@ def wide_kernel(
         SCALES,
         UNPACK,
         BLOCK_W,
+        SPLITS,
     )
+    before_the_next(early)
     o_n = first_n + tl.arange(0, BLOCK_N)[:, None]
     o_m = first_m + tl.arange(0, BLOCK_M)[None, :]
     m_y = (o_n < N) & (o_m < M)
@@ -82,6 +91,8 @@ def wide_kernel(
         acc += tl.load(p_bias + near_n).to(tl.float32)
     if p_residual is not None:
         acc += tl.load(p_residual + near_m * stride_residual + near_n).to(tl.float32)
+    if SPLITS > 1:
+        p_y += tl.program_id(1).to(tl.int64) * M * N
     tl.store(p_y + o_m * N + o_n, acc.to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -97,6 +108,7 @@ def wide(x: Tensor, packed: Packed, *, bias: Tensor | None = None, residual: Ten
     facts: dict[str, Fact] = {
         "m": x.shape[0],
         "n": packed.rows,
+        "k": packed.columns,
         "bits": packed.bits,
         "mode": packed.mode,
         "itemsize": x.itemsize,
@@ -124,27 +136,33 @@ def by_blas(
 def fused(
     x: Tensor, packed: Packed, tuned: dict[str, Any], *, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """`wide` as one kernel. `tuned` holds unpack, block_n, block_m, block_k and the compiler's options."""
+    """`wide` by one kernel over planes of x, and one more that adds up where programs share K.
+
+    `tuned` holds unpack, block_n, block_m, block_k, the compiler's options, and into how many `splits` K goes.
+    """
     options = dict(tuned)
-    block_n, block_m, block_k = (options.pop(name) for name in ("block_n", "block_m", "block_k"))
+    block_n, block_m, block_k, splits = (options.pop(name) for name in ("block_n", "block_m", "block_k", "splits"))
     unpack = unpacking(options.pop("unpack"), x, packed)
     constants = format_of(packed)
     rows, n = x.shape[0], packed.rows
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     residual = None if residual is None else adjacent(residual)
     words, scales, biases = operands(packed)
     period, block_w = int(constants["PERIOD"]), tile_periods(block_k, packed, unpack)
     dealt = deal(x, period)
+    tiles = cdiv(x.shape[1], period * block_w)
+    splits = cdiv(tiles, cdiv(tiles, splits))  # as many as have work
+    whole = splits == 1
+    y = torch.empty((splits, rows, n), dtype=x.dtype if whole else torch.float32, device=x.device)
     launch(
         wide_kernel,
-        (cdiv(rows, block_m) * cdiv(n, block_n),),
+        (cdiv(rows, block_m) * cdiv(n, block_n), splits),
         dealt,
         tile_sums(dealt, period, block_w * period) if unpack == "sums" else dealt,
         words,
         scales,
         biases,
-        bias,
-        residual,
+        bias if whole else None,
+        residual if whole else None,
         y,
         rows,
         n,
@@ -157,9 +175,10 @@ def fused(
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         BLOCK_W=block_w,
+        SPLITS=splits,
         options=options,
     )
-    return y
+    return y[0] if whole else add_parts(y, x.dtype, bias=bias, residual=residual)
 
 
 def _check(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None) -> None:

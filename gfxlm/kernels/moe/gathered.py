@@ -58,7 +58,8 @@ def gate_up_kernel(
     i_n = (tl.program_id(0) - slot * blocks) * BLOCK_N
     after_the_last(early)
     expert = tl.load(p_experts + t * TOP_K + slot, mask=slot < TOP_K, other=0)
-    expert = tl.where((expert >= 0) & (expert < n_experts), expert, 0)  # what comes of it is not used
+    if (expert < 0) | (expert >= n_experts):
+        return  # nobody reads these activations
     p_words += expert * (2 * INNER * n_units * bits)
     p_scales += expert * stride_expert
     if layout == "apart":

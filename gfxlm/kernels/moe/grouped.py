@@ -97,6 +97,7 @@ def grouped_kernel(
         p_x + rows_x * K,
         p_sums + rows_x * (K // PERIOD // BLOCK_W),
         m_m,
+        0,
         K,
         BITS,
         PERIOD,
@@ -105,6 +106,7 @@ def grouped_kernel(
         SCALES,
         UNPACK,
         BLOCK_W,
+        1,
     )
     if GATED:
         pairs = tl.permute(tl.reshape(acc, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])

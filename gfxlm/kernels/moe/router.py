@@ -35,6 +35,7 @@ def _keys(logits, o_e, index_bits: tl.constexpr):
 @triton.jit
 def route_kernel(
     p_logits,  # (T, E), rows strided
+    p_slots,  # int64 (T,), or None
     p_experts,  # int64 (T, TOP_K)
     p_scores,  # fp32 (T, TOP_K)
     stride_t,
@@ -68,16 +69,19 @@ def route_kernel(
     b_scores = tl.exp(tl.load(p_row + b_experts, mask=m_k, other=float("-inf")).to(tl.float32) - peak)
     b_scores = tl.where(m_k, b_scores, 0.0)
     b_all = b_scores if normalize else tl.where(m_e, tl.exp(b_logits - peak), 0.0)
+    if p_slots is not None:
+        b_experts = tl.where(tl.load(p_slots + t) < 0, -1, b_experts)
     o_out = t * TOP_K + o_k
     tl.store(p_experts + o_out, b_experts.to(tl.int64), mask=m_k)
     tl.store(p_scores + o_out, b_scores / tl.sum(b_all, 0), mask=m_k)
 
 
-def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, normalize: bool, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Expert indices int64 and scores fp32, (T, top_k) each, of floating logits (T, E) with 1 <= top_k <= E.
 
     Best first; of equal logits the lower index first. Scores are a softmax over all experts in fp32, divided by their
     sum if `normalize`. NaN counts as the largest; then, as after infinity, scores are NaN and indices still in range.
+    A token whose slot, int64 (T,), is negative is padding and has experts -1.
     """
     tokens, n_experts = logits.shape
     experts = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
@@ -90,6 +94,7 @@ def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
         route_kernel,
         (tokens,),
         logits,
+        None if slots is None else slots.contiguous(),
         experts,
         scores,
         logits.stride(0),

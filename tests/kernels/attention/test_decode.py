@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from gfxlm.kernels.attention.decode import decode
+from gfxlm.kernels.attention.join import share
 from gfxlm.kernels.tuning import override
 from tests.kernels.attention.oracle import DEVICE, assert_near, causal, exact, numbers, store, table
 
@@ -101,3 +104,24 @@ def test_any_number_of_splits(name: str, programs: int) -> None:
 def test_nothing() -> None:
     q, none = torch.empty(0, 2, 64, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
     decode(q, torch.empty(1, 8, 2, 64), torch.empty(1, 8, 2, 64), q, none, none, scale=1.0)
+
+
+@triton.jit
+def _shares_kernel(p_positions, p_shares, splits, window: tl.constexpr, BLOCK_N: tl.constexpr):
+    i_split = tl.program_id(0)
+    first, last, _ = share(p_positions, 0, i_split, 1, window, splits, BLOCK_N)
+    tl.store(p_shares + 2 * i_split, first)
+    tl.store(p_shares + 2 * i_split + 1, last)
+
+
+@pytest.mark.parametrize(("context", "splits", "window"), [(1, 4, 0), (33, 4, 0), (257, 16, 0), (300, 7, 100)])
+def test_splits_have_equal_shares_of_all_keys(context, splits, window):
+    shares = torch.zeros(splits, 2, dtype=torch.int32, device=DEVICE)
+    _shares_kernel[(splits,)](torch.tensor([context - 1], device=DEVICE), shares, splits, window, 16)
+    shares = [pair for pair in shares.tolist() if pair[0] < pair[1]]
+    start = max(context - window, 0) if window else 0
+    assert [key for pair in shares for key in range(*pair)] == list(range(start, context))
+    blocks = [-(-(last - first) // 16) for first, last in shares]
+    assert len(shares) == min(splits, sum(blocks))
+    assert max(blocks) - min(blocks) <= 1
+    assert shares[0][0] == start  # whose program has the sink

@@ -29,7 +29,7 @@ FORMATS = [
     (32, 8, "mxfp8"),
     (16, 4, "nvfp4"),
 ]
-TILE = {"block_n": 32, "block_m": 16, "block_k": 64, "num_warps": 4}
+TILE = {"block_n": 32, "block_m": 16, "block_k": 64, "splits": 1, "num_warps": 4}
 
 
 def packed(
@@ -115,7 +115,36 @@ def test_ptx_rounds_weights_once(dtype: torch.dtype) -> None:
     weight, exact = packed((130, 512), AFFINE4, dtype)
     x = torch.randn(70, 512, dtype=dtype, device=DEVICE)
     tile = {"block_n": 64, "block_m": 32, "block_k": 128, "num_warps": 4, "num_stages": 3, "unpack": "ptx"}
-    check(fused(x, weight, tile), x, exact.to(dtype).double(), rounded=False)
+    for splits in (1, 2, 3):
+        check(fused(x, weight, {**tile, "splits": splits}), x, exact.to(dtype).double(), rounded=False)
+
+
+@pytest.mark.parametrize("unpack", ["plain", "sums"])
+@pytest.mark.parametrize(("k", "splits"), [(384, 3), (384, 4), (448, 2), (448, 3), (64, 8), (576, 8)])
+def test_shares_of_k(k: int, splits: int, unpack: str) -> None:
+    """Equal ones, a last one that is shorter or ends within a tile, and more of them than there are tiles."""
+    weight, exact = packed((37, k), AFFINE4, torch.bfloat16)
+    x = torch.randn(19, k, dtype=torch.bfloat16, device=DEVICE)
+    bias, residual = torch.randn(37, device=DEVICE), torch.randn(37, 19, device=DEVICE).T
+    added = bias.bfloat16(), residual.bfloat16()
+    tile = {**TILE, "block_k": 128 if unpack == "plain" else 64, "splits": splits, "unpack": unpack}
+    y = fused(x, weight, tile, bias=added[0], residual=added[1])
+    check(y, x, exact, added[0].double() + added[1].double(), rounded=True)
+
+
+def test_shares_of_k_of_other_formats() -> None:
+    for quantization in ((32, 3, "affine"), (64, 8, "affine"), (16, 4, "nvfp4")):
+        weight, exact = packed((40, 512), quantization, torch.float16)
+        x = torch.randn(33, 512, dtype=torch.float16, device=DEVICE)
+        check(fused(x, weight, {**TILE, "splits": 3, "unpack": "sums"}), x, exact, rounded=True)
+
+
+def test_a_share_does_not_depend_on_company() -> None:
+    """The same rows of x give the same bits in a tile of their own and next to others."""
+    weight, _ = packed((70, 512), AFFINE4, torch.bfloat16)
+    x = torch.randn(40, 512, dtype=torch.bfloat16, device=DEVICE)
+    tile = {**TILE, "splits": 4, "unpack": "sums"}
+    assert torch.equal(fused(x, weight, tile)[16:23], fused(x[16:23], weight, tile))
 
 
 @pytest.mark.parametrize("k", [64, 320, 448])

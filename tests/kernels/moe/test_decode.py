@@ -133,6 +133,7 @@ def test_one_expert_for_all_tokens() -> None:
 
 def test_experts_that_do_not_exist_contribute_nothing() -> None:
     check((1, 32, 4, 32, 2, 32), experts=torch.tensor([[-(1 << 62), 4]]))
+    check((3, 32, 4, 32, 2, 0), experts=torch.tensor([[-1, -1], [3, -1], [-1, 0]]), residual=True)
 
 
 def test_strided_rows_and_company_change_no_bit() -> None:

@@ -60,6 +60,14 @@ def test_not_finite_logits_choose_experts_that_exist(bad: float, dtype: torch.dt
     assert scores[0].isnan().all()
 
 
+def test_padding_has_no_experts() -> None:
+    logits, slots = torch.randn(4, 20), torch.tensor([3, -1, 0, -1, 5])[:4]
+    experts, _ = route(logits.to(DEVICE), 3, True, slots.to(DEVICE))
+    expected = best(logits, 3)
+    expected[[1, 3]] = -1
+    assert torch.equal(experts.cpu(), expected)
+
+
 def test_no_tokens() -> None:
     experts, scores = routed(torch.empty(0, 8), 2, True)
     assert experts.shape == scores.shape == (0, 2)
