@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gfxlm.cli.text import counted
-from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
+    from gfxlm.engine.budget import Budget
     from gfxlm.engine.info import ModelInfo
 
 _SHORT_CONTEXT = 4096
-_KV_BITS = (8, 4)
-_KV_GROUP_SIZES = (64, 32)
 
 
 def info(
@@ -29,54 +27,46 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Describe a model, and say whether it fits into memory. Reads no weights."""
-    from gfxlm.device.memory import available_bytes
     from gfxlm.device.select import pick_device
+    from gfxlm.engine.budget import planned
     from gfxlm.engine.info import describe
     from gfxlm.engine.load import BUILT_IN, open_checkpoint
+    from gfxlm.models.load import build
 
-    place = pick_device(device)
-    found = describe(open_checkpoint(model or BUILT_IN, revision), device=place)
-    memory = available_bytes(place)
-    print(json.dumps(_json(found, memory)) if as_json else _text(found, memory))
+    place, checkpoint = pick_device(device), open_checkpoint(model or BUILT_IN, revision)
+    found = describe(checkpoint, device=place)
+    budget = planned(build(checkpoint)[0], checkpoint, place)
+    print(json.dumps(_json(found, budget)) if as_json else _text(found, budget))
 
 
-def _by_kv_bits(found: "ModelInfo") -> "dict[int, ModelInfo]":
-    """The model with caches as they are and with quantised ones, by their bits; without those that cannot be."""
-    from gfxlm.nn.cache import KVFormat
-
-    by_bits = {8 * layer.dtype.itemsize: found for layer in found.attention}
-    for bits in _KV_BITS if found.attention else ():
-        for group_size in _KV_GROUP_SIZES:
-            try:
-                by_bits[bits] = found.with_kv(KVFormat(bits, group_size))
-                break
-            except UserError:  # heads of other sizes
-                continue
-    return by_bits
+def _position_bytes(found: "ModelInfo", budget: "Budget") -> dict[int, int]:
+    """What a position's keys and values take by their bits, as they are first; none without attention layers."""
+    as_they_are = {8 * layer.dtype.itemsize: budget.position for layer in found.attention}
+    return as_they_are | dict(budget.quantized) if as_they_are else {}
 
 
 def _contexts(found: "ModelInfo") -> list[int]:
     return sorted({min(_SHORT_CONTEXT, found.context_length), found.context_length})
 
 
-def _json(found: "ModelInfo", memory: int) -> dict[str, object]:
+def _json(found: "ModelInfo", budget: "Budget") -> dict[str, object]:
     fields = {name: value for name, value in asdict(found).items() if name not in ("attention", "kv_format")}
     kv = {
-        str(bits): {"bytes_per_token": kv.kv_bytes_per_token, "bytes": kv.kv_bytes_per_token * found.context_length}
-        for bits, kv in _by_kv_bits(found).items()
+        str(bits): {"bytes_per_token": nbytes, "bytes": nbytes * found.context_length}
+        for bits, nbytes in _position_bytes(found, budget).items()
     }
     return fields | {
         "bits_per_weight": found.bits_per_weight,
         "bytes_per_token": found.bytes_per_token,
-        "kv_bytes_per_token": found.kv_bytes_per_token,
+        "kv_bytes_per_token": budget.position,
         "kv_bits": kv,
-        "available_bytes": memory,
-        "fits": {str(context): found.needed_bytes(context) <= memory for context in _contexts(found)},
-        "longest_context": found.longest_context(memory),
+        "available_bytes": budget.memory,
+        "fits": {str(context): context <= budget.longest for context in _contexts(found)},
+        "longest_context": budget.longest,
     }
 
 
-def _text(found: "ModelInfo", memory: int) -> str:
+def _text(found: "ModelInfo", budget: "Budget") -> str:
     attention = found.layers - found.recurrent_layers
     mixed = f" ({found.recurrent_layers} gated delta net, {attention} attention)" if found.recurrent_layers else ""
     rows = [
@@ -87,26 +77,26 @@ def _text(found: "ModelInfo", memory: int) -> str:
         ("bits per weight", f"{found.bits_per_weight:.3f}"),
         ("size on disk", _size(found.disk_bytes)),
         ("bytes per token", f"{_size(found.bytes_per_token)} at batch 1, {_size(2 * found.state_bytes)} of it state"),
-        *_kv_rows(found),
+        *_kv_rows(found, budget),
         ("state per sequence", _size(found.state_bytes)),
         ("context length", f"{found.context_length} tokens"),
     ]
     for context in _contexts(found):
-        need = found.needed_bytes(context)
-        verdict = "yes" if need <= memory else "no"
-        rows.append((f"fits at {context}", f"{verdict}: needs {_size(need)}, {_size(memory)} are free"))
-    if 0 < (longest := found.longest_context(memory)) < found.context_length:
-        rows.append(("longest context", f"{longest} tokens fit"))
+        verdict = "yes" if context <= budget.longest else "no"
+        need = _size(budget.needed(context))
+        rows.append((f"fits at {context}", f"{verdict}: needs {need}, {_size(budget.memory)} are free"))
+    if 0 < budget.longest < found.context_length:
+        rows.append(("longest context", f"{budget.longest} tokens fit"))
     return "\n".join(f"{label:<20}{value}" for label, value in rows)
 
 
-def _kv_rows(found: "ModelInfo") -> list[tuple[str, str]]:
-    by_bits = _by_kv_bits(found)
+def _kv_rows(found: "ModelInfo", budget: "Budget") -> list[tuple[str, str]]:
+    by_bits = _position_bytes(found, budget)
     if not by_bits:
         return [("KV cache per token", "none")]
     rows = []
     for label, positions in (("KV cache per token", 1), (f"KV cache at {found.context_length}", found.context_length)):
-        sizes = (f"{_size(kv.kv_bytes_per_token * positions)} with {bits} bits" for bits, kv in by_bits.items())
+        sizes = (f"{_size(nbytes * positions)} with {bits} bits" for bits, nbytes in by_bits.items())
         rows.append((label, ", ".join(sizes)))
     return rows
 

@@ -66,7 +66,6 @@ def _tune_blas(device: "torch.device") -> None:
     from gfxlm.device.gemm import TRITON
     from gfxlm.device.gemm_probe import ProbeError, probe
 
-    note("trying the BLAS libraries")
     try:
         found = probe(device)
     except ProbeError as error:

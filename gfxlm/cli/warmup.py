@@ -1,6 +1,6 @@
 """`gfxlm warmup`: compile kernels before they are needed."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from gfxlm.cli.options import DType
 from gfxlm.cli.progress import progress_bar
 from gfxlm.cli.text import note
 from gfxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from gfxlm.device.arch import Architecture
 
 
 def warmup(
@@ -27,8 +30,9 @@ def warmup(
 ) -> None:
     """Compile the kernels into Triton's cache, for this GPU or for one that is not here.
 
-    With --model, those that this model launches for steps and prompts of various lengths; its weights are not read.
-    Without, those of popular models' shapes.
+    With --model, those that this model launches for steps, prompts, chats that share memory in pages, the sampler and
+    the self-test; its weights are not read. On an AMD GPU the BLAS libraries are tried, too, so that the first load
+    waits for nothing. Without, those of popular models' shapes.
     What the cache has is not compiled again: an interrupted run continues where it stopped. TRITON_CACHE_DIR says where
     the cache is.
     """
@@ -58,5 +62,20 @@ def warmup(
         note(line)
     names = ", ".join(found.name for found in archs)
     print(f"{names}: {compiled} kernels compiled for {len(todo)} cases, {len(errors)} cases failed")
+    if model is not None:
+        _try_blas(archs)
     if errors:
         raise typer.Exit(1)
+
+
+def _try_blas(archs: "list[Architecture]") -> None:
+    """What the first load on this machine's GPU would do, if that is among those that are compiled for."""
+    import torch
+
+    from gfxlm.device.arch import architecture
+    from gfxlm.device.gemm_probe import ensure
+    from gfxlm.device.select import pick_device
+
+    device = pick_device()
+    if device.type == "cuda" and torch.version.hip and architecture(device) in archs:
+        ensure(device)

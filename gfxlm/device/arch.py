@@ -32,6 +32,7 @@ class Architecture:
     early: bool = False  # starts a kernel before the one before it has ended
     integrated: bool = False  # its memory is the host's
     cache_line: int = 128  # bytes of a line of L2
+    stride_cliff: int = 0  # bytes: rows that lie a multiple of this apart are read slowly; 0 where none is known
     registers: int = 1024
     register_lot: int = 16  # registers are handed out in lots
     waves: int = 16  # at most on one SIMD
@@ -73,12 +74,15 @@ _rdna3_large = partial(_rdna3, registers=1536, register_lot=24)
 _rdna4 = partial(Architecture, family="gfx12", matrix="wmma", registers=1536, register_lot=24, operations=1024)
 _nvidia = partial(Architecture, matrix="mma")
 
-# Units, boost clock and bandwidth are AMD's own data sheets'; registers and their lots are LLVM's.
+# Units, register files and LDS are ROCm's table of GPU specifications; boost clocks and bandwidths AMD's product pages,
+# of APUs with the fastest memory they take; operations of a unit in a clock GPUOpen's articles on WMMA (512 on RDNA 3,
+# 1024 on RDNA 4) and the CDNA 2, 3 and 4 white papers; registers' lots LLVM's. Stride cliffs: for MI300 AMD's advice on
+# the strides of matrices, for gfx1151 what AMD's engineers measured and pad for in vLLM; gfx1150 has none, they say.
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
         _cdna("gfx90a", example="MI250X, one die", units=110, clock=1.7, bandwidth=1638, operations=1024),
-        _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300, operations=2048),
+        _cdna("gfx942", example="MI300X", units=304, clock=2.1, bandwidth=5300, operations=2048, stride_cliff=512),
         _cdna(
             "gfx950",
             shared_bytes=160 << 10,
@@ -91,13 +95,21 @@ ARCHITECTURES = {
         ),
         _rdna3_large("gfx1100", example="RX 7900 XTX", units=96, clock=2.5, bandwidth=960),
         _rdna3_large("gfx1101", example="RX 7800 XT", units=60, clock=2.43, bandwidth=624),
-        _rdna3("gfx1102", example="RX 7600", units=32, clock=2.66, bandwidth=288),
+        _rdna3("gfx1102", example="RX 7600", units=32, clock=2.655, bandwidth=288),
         _rdna3("gfx1103", integrated=True, example="Radeon 780M", units=12, clock=2.7, bandwidth=120),
-        _rdna3("gfx1150", integrated=True, example="Radeon 890M", units=16, clock=2.9, bandwidth=120),
-        _rdna3_large("gfx1151", integrated=True, example="Radeon 8060S", units=40, clock=2.9, bandwidth=256),
-        _rdna3("gfx1152", integrated=True, example="Radeon 860M", units=8, clock=3.0, bandwidth=120),
+        _rdna3("gfx1150", integrated=True, example="Radeon 890M", units=16, clock=2.9, bandwidth=128),
+        _rdna3_large(
+            "gfx1151",
+            integrated=True,
+            example="Radeon 8060S",
+            units=40,
+            clock=2.9,
+            bandwidth=256,
+            stride_cliff=1024,
+        ),
+        _rdna3("gfx1152", integrated=True, example="Radeon 860M", units=8, clock=3.0, bandwidth=128),
         _rdna4("gfx1200", example="RX 9060 XT", units=32, clock=3.13, bandwidth=320),
-        _rdna4("gfx1201", example="R9700", units=64, clock=2.92, bandwidth=640),
+        _rdna4("gfx1201", example="AI PRO R9700", units=64, clock=2.92, bandwidth=640),
         Architecture("gfx1030", "gfx10", kernels=False, example="RX 6900 XT", units=80, clock=2.25, bandwidth=512),
         _nvidia("sm_80", "sm_80", shared_bytes=163 << 10),
         _nvidia("sm_86", "sm_80", shared_bytes=99 << 10),

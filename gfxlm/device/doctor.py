@@ -4,6 +4,7 @@ Each takes a `Host` and yields findings, so that tests can describe any host.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ from gfxlm.device.system import System, SystemGPU, read_system, version_of
 from gfxlm.device.versions import triton_there, tritons, versions, wanted_triton
 
 _STRIX_HALO = "gfx1151"
-_STRIX_HALO_KERNEL, _UBUNTU_HWE_KERNEL = (6, 18, 4), (6, 17)
+_STRIX_HALO_KERNEL = (6, 18, 4)
+_UBUNTU_KERNELS = {"generic": (6, 17, 0, 19), "oem": (6, 14, 0, 1018)}  # that have what it needs of newer ones
+# AMD's wheels hold what a GPU needs in packages of its own; PyTorch's know the commoner ones.
+_ROCM_WHEEL = 'pip install --index-url https://repo.amd.com/rocm/whl-multi-arch/ "torch[device-{}]"'
 _GROUPS = "sudo usermod -aG render,video $USER, then log in again"
 _CONTAINER = "start the container with --device /dev/kfd --device /dev/dri --group-add video --group-add render"
 # What is left to the host where a GPU may use all but so much of its memory.
@@ -81,6 +85,7 @@ class Host:
     wanted_triton: tuple[str, str] = ("", "")  # by torch: name and version
     environment: Mapping[str, str] = field(default_factory=dict)
     memory: tuple[int, int] = (0, 0)  # of the host: bytes, and those that are free
+    compiled_for: tuple[str, ...] = ()  # architectures that torch has code for
 
     @property
     def names(self) -> set[str]:
@@ -107,6 +112,7 @@ def this_host(device: torch.device, root: Path = Path("/")) -> Host:
         tritons=tritons(),
         has_triton=triton_there(),
         wanted_triton=wanted_triton(),
+        compiled_for=tuple(torch.cuda.get_arch_list()),
         environment=dict(os.environ),
         memory=(total_bytes(torch.device("cpu")), available_bytes(torch.device("cpu"))),
     )
@@ -123,17 +129,24 @@ def _torch_gpu(index: int) -> TorchGPU:
 def kernel(host: Host) -> Iterator[Finding]:
     """The kernel's version, which on some GPUs decides whether they hang."""
     release = host.system.kernel
-    version = version_of(release)
-    ubuntu = version[:2] == _UBUNTU_HWE_KERNEL and release.endswith(("-generic", "-oem"))
-    if _STRIX_HALO in host.names and version < _STRIX_HALO_KERNEL and not ubuntu:
+    if _STRIX_HALO in host.names and version_of(release) < _STRIX_HALO_KERNEL and not _ubuntu_has_it(release):
         yield Finding(
             "kernel", release, "warning",
-            "gfx1151 hangs and faults under load with older kernels: use 6.18.4 or newer, or Ubuntu's HWE kernel 6.17",
+            "gfx1151 hangs and faults under load with older kernels: use 6.18.4 or newer, or of Ubuntu 24.04 the HWE "
+            "kernel from 6.17.0-19 or the OEM kernel from 6.14.0-1018 on",
         )  # fmt: skip
     else:
         yield Finding("kernel", release)
     if host.system.container:
         yield Finding("container", host.system.container)
+
+
+def _ubuntu_has_it(release: str) -> bool:
+    """Whether this is one of Ubuntu's kernels, 6.17.0-19-generic, with the fixes that a Strix Halo needs."""
+    match = re.fullmatch(r"([\d.]+-\d+)-(\w+)", release)
+    if match is None or match[2] not in _UBUNTU_KERNELS:
+        return False
+    return tuple(map(int, re.split(r"[.-]", match[1]))) >= _UBUNTU_KERNELS[match[2]]
 
 
 def driver(host: Host) -> Iterator[Finding]:
@@ -164,9 +177,10 @@ def libraries(host: Host) -> Iterator[Finding]:
         if host.of_system(vendor) and not host.gpus:
             wrong = not found[platform]
             what = f"was not built for {index}" if wrong else "does not see it"
-            fix = (
-                f"install the {index} wheel of torch" if wrong else "see what is said of the driver and of permissions"
-            )
+            wheel = f"install the {index} wheel of torch"
+            if named := [gpu.name for gpu in host.of_system(vendor) if vendor == "amd" and gpu.name]:
+                wheel += f": {_ROCM_WHEEL.format(named[0])}"
+            fix = wheel if wrong else "see what is said of the driver and of permissions"
             yield Finding(f"{vendor} GPU", f"is there, but torch {what}: plain CPU work", "warning", fix)
     if not host.has_triton:
         fix = f"pip install --force-reinstall torch=={found['torch'].split('+')[0]} from the index it came from"
@@ -214,6 +228,7 @@ def devices(host: Host) -> Iterator[Finding]:
             f"cuda:{gpu.index}", f"{gpu.name}, {gpu.arch}, {gpu.units} units, {shown(gpu.total)}, {kind}: {used}",
             data={"arch": gpu.arch, "units": gpu.units, "bytes": gpu.total, "integrated": gpu.integrated, "used": used},
         )  # fmt: skip
+        yield from _without_code(gpu, host)
         if gpu.index == chosen and gpu.integrated and any(not other.integrated for other in host.gpus):
             yield Finding(
                 "choice", "the integrated GPU is used beside a discrete one", "warning",
@@ -224,6 +239,16 @@ def devices(host: Host) -> Iterator[Finding]:
         findable = bool(known.name) or all(gpu.pci for gpu in host.gpus)
         if known.render not in seen and known.vendor != "other" and findable:
             yield Finding(known.render, f"{known.name or known.vendor} {known.pci_id}: torch does not see it")
+
+
+def _without_code(gpu: TorchGPU, host: Host) -> Iterator[Finding]:
+    """An AMD GPU for which torch was not built; NVIDIA's run code of their relatives."""
+    generic = any(name.endswith("-generic") for name in host.compiled_for)
+    if gpu.arch.startswith("gfx") and host.compiled_for and gpu.arch not in host.compiled_for and not generic:
+        yield Finding(
+            f"cuda:{gpu.index}", f"torch has code for {', '.join(host.compiled_for)}, not for {gpu.arch}", "warning",
+            f"if it fails with 'invalid device function': {_ROCM_WHEEL.format(gpu.arch)}",
+        )  # fmt: skip
 
 
 def facts(host: Host) -> Iterator[Finding]:
@@ -237,6 +262,7 @@ def facts(host: Host) -> Iterator[Finding]:
     known = arch.name in ARCHITECTURES
     text = f"{arch.name}, family {arch.family}, wave {arch.wave}, {arch.matrix}, {arch.shared_bytes >> 10} KiB shared"
     text += f", lines of {arch.cache_line} bytes" + (", integrated" if arch.integrated else "")
+    text += f", slow where rows lie a multiple of {arch.stride_cliff} bytes apart" if arch.stride_cliff else ""
     data = {name: getattr(arch, name) for name in ("family", "wave", "matrix", "shared_bytes", "integrated", "units")}
     if not arch.kernels:
         names = ", ".join(x.name for x in ARCHITECTURES.values() if x.kernels)
@@ -280,7 +306,8 @@ def _of_driver(gpu: SystemGPU, host_bytes: int, *, used: bool) -> Finding:
         pages = (everything - _LEFT_TO_HOST) // 4096
         fix = (
             f"the GPU reaches {shown(reached)} of {shown(everything)}: set the firmware's share for graphics to its "
-            f"least, and boot with ttm.pages_limit={pages}"
+            f"least, and boot with ttm.pages_limit={pages} (or: pipx install amd-debug-tools, then amd-ttm --set "
+            f"{pages * 4096 >> 30})"
         )
         return Finding("driver", text, "warning", fix, data)
     return Finding("driver", text, data=data)

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -65,9 +65,10 @@ class Verdicts:
         return cache_folder() / "blas" / f"{name}.json"
 
     def save(self) -> Path:
-        """Write them, whole or not at all, for every process from now on."""
+        """Use them from now on, and write them, whole or not at all, for every other process. OSError if it cannot."""
+        _chosen.cache_clear()
+        _known[replace(self, found=())] = self
         write_whole(self.path, json.dumps({"verdicts": [asdict(verdict) for verdict in self.found]}, indent=1) + "\n")
-        forget()
         return self.path
 
 
@@ -95,7 +96,10 @@ def untried(device: torch.device) -> Verdicts:
 
 def verdicts(device: torch.device) -> Verdicts:
     """What is known of the device's libraries. Tries none of them; a file that is damaged is warned of."""
-    return _read(untried(device))
+    empty = untried(device)
+    if empty not in _known:
+        _known[empty] = _read(empty)
+    return _known[empty]
 
 
 def library(device: torch.device, dtype: torch.dtype, rows: int) -> str:
@@ -116,11 +120,12 @@ def prefer(device: torch.device, dtype: torch.dtype, rows: int) -> str:
 
 
 _preferred: str | None = None
+_known: dict[Verdicts, Verdicts] = {}  # by the same of which nothing is known
 
 
 def forget() -> None:
     """Read the verdicts anew when they are next asked for."""
-    _read.cache_clear()
+    _known.clear()
     _chosen.cache_clear()
 
 
@@ -131,7 +136,6 @@ def _chosen(device: torch.device, arch: Architecture, dtype: torch.dtype, rows: 
     return known.chosen(dtype, rows)
 
 
-@functools.lru_cache(maxsize=16)
 def _read(empty: Verdicts) -> Verdicts:
     path = empty.path
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gfxlm.device import gemm
 from gfxlm.device.gemm import DTYPES, ONEDNN, RIGHT, ROWS, TORCH_NAMES, TRITON, Verdict, Verdicts
+from gfxlm.device.notice import notice
 
 # (N, K): qkv, down and gate and up of Qwen3-8B; an expert's down, qkvz and the gates of Qwen3-Coder-Next.
 SHAPES = ((6144, 4096), (4096, 12288), (8192, 4096), (2048, 512), (12288, 2048), (64, 2048))
@@ -57,7 +58,7 @@ def ensure(device: torch.device) -> Verdicts:
         return known
     try:
         return probe(device)
-    except (ProbeError, OSError) as error:
+    except (ProbeError, OSError) as error:  # OSError: no process could be started
         warnings.warn(f"BLAS libraries could not be tried: {error}", stacklevel=2)
         return known
 
@@ -72,22 +73,28 @@ def probe(
 ) -> Verdicts:
     """Try all libraries but the last resort, and keep the verdicts. Takes a minute, and longer where one hangs.
 
-    `command` gets the names of a library and the device as further words. ProbeError where it does not start.
+    `command` gets the names of a library and the device as further words. ProbeError where it does not start; where
+    verdicts cannot be written, they hold for this process, and it is warned of.
     """
     known = gemm.untried(device)
     classes = [(str(dtype).removeprefix("torch."), rows) for dtype in DTYPES for rows in ROWS]
     found = []
-    for library in known.order:
-        if library in (TRITON, ONEDNN):
-            continue
+    libraries = [library for library in known.order if library not in (TRITON, ONEDNN)]
+    for number, library in enumerate(libraries, 1):
+        notice(
+            f"trying {library} ({number} of {len(libraries)}), once for this GPU, driver and torch: about half a minute"
+        )
         problems = [Problem(dtype, rows, n, k) for dtype, rows in classes for n, k in shapes]
         words = [*command, library, str(device)]
         answers = list(_answers(words, problems, start_limit, limit))
-        for number, (dtype, rows) in enumerate(classes):
-            outcome, detail = gemm.joined(answers[number * len(shapes) : (number + 1) * len(shapes)])
+        for place, (dtype, rows) in enumerate(classes):
+            outcome, detail = gemm.joined(answers[place * len(shapes) : (place + 1) * len(shapes)])
             found.append(Verdict(library, dtype, rows, outcome, detail))
     tried = replace(known, found=tuple(found))
-    tried.save()
+    try:
+        tried.save()
+    except OSError as error:
+        warnings.warn(f"what was found of BLAS libraries is not kept, every start tries again: {error}", stacklevel=3)
     return tried
 
 

@@ -44,11 +44,19 @@ class Graph:
         self._recorded, self._function = graph, None
 
     def replay(self) -> None:
-        """Run what was recorded, or the function itself."""
+        """Run what was recorded, or the function itself. RuntimeError after `reset`."""
         if self._recorded is not None:
             self._recorded.replay()
         elif self._function is not None:
             self._function()
+        else:
+            raise RuntimeError("the graph was reset: there is nothing to replay")
+
+    def reset(self) -> None:
+        """Let go of the recording and of the function, for good, and of memory: the pool's goes with its last one."""
+        if self._recorded is not None:
+            self._recorded.reset()
+        self._recorded = self._function = None
 
 
 def shared_pool(device: torch.device) -> Any:

@@ -2,7 +2,9 @@
 
 import re
 import resource
+from collections import defaultdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -11,6 +13,24 @@ from gfxlm.errors import UserError
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b|(%))?", re.IGNORECASE)
+
+
+class Holder(Protocol):
+    """Who holds memory of a device past torch's allocator: bytes now, and the most so far."""
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    @property
+    def most_bytes(self) -> int: ...
+
+
+_holders: defaultdict[int, list[Holder]] = defaultdict(list)  # by the index of their GPU
+
+
+def count_in(holder: Holder, device: torch.device) -> None:
+    """From now on, what this one holds of a GPU counts as taken by this process."""
+    _holders[device.index or 0].append(holder)
 
 
 def available_bytes(device: torch.device, limit: int | None = None) -> int:
@@ -31,9 +51,9 @@ def total_bytes(device: torch.device) -> int:
 
 
 def taken_bytes(device: torch.device) -> int:
-    """What this process holds on the device at the moment."""
+    """What this process holds on the device at the moment, by torch's allocator or past it."""
     if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
+        return int(torch.cuda.memory_allocated(device)) + sum(x.held_bytes for x in _holders[device.index or 0])
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
@@ -41,7 +61,7 @@ def taken_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """The most this process has held on the device so far."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_allocated(device)) + sum(x.most_bytes for x in _holders[device.index or 0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gfxlm.device.arena import unified
 from gfxlm.device.memory import available_bytes, shown
 from gfxlm.engine.info import describe
 from gfxlm.errors import UserError
-from gfxlm.models.base import CausalLM, DecoderLayer
+from gfxlm.models.base import CausalLM, DecoderLayer, page_size
 from gfxlm.models.load import default_dtype
 from gfxlm.nn.attention import Attention
 from gfxlm.nn.cache import Cache, KVFormat
@@ -25,8 +26,11 @@ _COPIES = 2
 _HIDDEN = 4
 # A token's score is held in its own type and a few times in fp32: logits, log probabilities, what filters sort.
 _SCORE_BYTES = 24
+# Of recurrent states that a prefix cache keeps: how many at most, and what part of the free memory they may take.
+_LEAST_STATES, _STATES_A_SLOT, _STATES_SHARE = 16, 4, 0.25
 # A context that nobody asked for is not worth loading a model if it is shorter than this.
 LEAST_CONTEXT = 256
+_WORTH_MENTIONING = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +39,8 @@ class Budget:
 
     `memory` is what weights, caches and everything else may take together. `position` is what one position's keys and
     values take, `quantized` what they would take in 8 and in 4 bits, `state` a sequence's recurrent state. Of a text
-    there are keys and values of at most `max_kv_size` positions at a time, if that is given.
+    there are keys and values of at most `max_kv_size` positions at a time, if that is given. `unreached` is what the
+    host has free of an integrated GPU's memory and the GPU's driver does not let it use.
     """
 
     memory: int
@@ -47,6 +52,7 @@ class Budget:
     context_length: int
     slots: int = 1
     max_kv_size: int | None = None
+    unreached: int = 0
 
     def held(self, context: int) -> int:
         """Of how many positions of a context there are keys and values at a time."""
@@ -93,8 +99,13 @@ class Budget:
         listed = ", ".join(f"{shown(nbytes)} {what}" for nbytes, what in parts if nbytes)
         raise UserError(
             f"not enough memory: {shown(self.needed(self.held(context)))} are needed ({listed}), "
-            f"{shown(self.memory)} can be had; {self._instead(context)}"
+            f"{shown(self.memory)} can be had; {self._instead(context)}{self._more()}"
         )
+
+    def _more(self) -> str:
+        if self.unreached < _WORTH_MENTIONING:
+            return ""
+        return f"; the host has {shown(self.unreached)} more that this GPU may not use: gfxlm doctor says how it may"
 
     def _instead(self, context: int) -> str:
         best = self.longest
@@ -127,7 +138,8 @@ def planned(
     dtype = dtype or default_dtype(checkpoint.config, checkpoint.tensors, device)
     weights = describe(checkpoint, dtype, device).resident_bytes
     memory = available_bytes(device, limit)
-    return _budget(model, memory, weights, device, dtype, kv, slots, prefill_step_size)
+    budget = _budget(model, memory, weights, device, dtype, kv, slots, prefill_step_size)
+    return budget if limit is not None else replace(budget, unreached=_unreached(device, memory))
 
 
 def remaining(model: CausalLM, *, slots: int = 1, prefill_step_size: int = 2048) -> Budget:
@@ -160,6 +172,10 @@ def _budget(
         slots=slots,
         max_kv_size=model.max_kv_size,
     )
+
+
+def _unreached(device: torch.device, memory: int) -> int:
+    return max(0, available_bytes(torch.device("cpu")) - memory) if unified(device) else 0
 
 
 def _quantized(model: CausalLM, dtype: torch.dtype) -> dict[int, int]:
@@ -199,16 +215,39 @@ def _outputs(layer: DecoderLayer) -> int:
 
 
 def make_cache(
-    model: CausalLM, slots: int, max_context: int, *, exact: bool = False, prefill_step_size: int = 2048
+    model: CausalLM,
+    slots: int,
+    max_context: int,
+    *,
+    exact: bool = False,
+    prefill_step_size: int = 2048,
+    saved_states: int | None = None,
 ) -> Cache:
     """Caches for `slots` sequences of up to `max_context` positions, as far as there is memory.
 
     Where it does not do for all of them at full length they share it in pages, and a context that is longer than what
-    one alone can have is shortened, with a warning; an `exact` one is refused.
+    one alone can have is shortened, with a warning; an `exact` one is refused. They always do where prefixes are
+    shared, beside which memory is left for `saved_states`.
     """
     budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
+    if saved_states is not None:
+        budget = replace(budget, workspace=budget.workspace + saved_states * budget.state)
     context = budget.fit(max_context, least=LEAST_CONTEXT, exact=exact)
-    return model.make_cache(slots, context, pool_positions=budget.positions)
+    positions, held = budget.positions, budget.held(context)
+    if saved_states is not None and positions >= slots * held:
+        # Whole pages for every slot, and the one that is nobody's.
+        size = page_size(model.device)
+        positions = (slots * -(-held // size) + 1) * size
+    return model.make_cache(slots, context, pool_positions=positions, paged=saved_states is not None)
+
+
+def states_to_save(model: CausalLM, slots: int, prefill_step_size: int) -> int:
+    """How many recurrent states a prefix cache may keep: some for every slot, in a part of the memory that is free."""
+    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
+    if not budget.state:
+        return 0
+    free = max(0, budget.memory - budget.needed(0))
+    return min(max(_LEAST_STATES, _STATES_A_SLOT * slots), int(free * _STATES_SHARE) // budget.state)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

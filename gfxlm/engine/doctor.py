@@ -187,6 +187,7 @@ def graph(host: Host) -> Iterator[Finding]:
     launched = time.perf_counter()
     synchronize(host.device)
     whole, launch = ((end - start) / _REPLAYS * 1e6 for end in (time.perf_counter(), launched))
+    recorded.reset()
     kernel = whole / _TINY_KERNELS
     text = f"yes: {kernel:.2f} µs a kernel, the host takes {launch:.0f} µs a replay"
     data = {"kernel_us": kernel, "replay_us": whole, "launch_us": launch}

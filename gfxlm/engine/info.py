@@ -20,9 +20,6 @@ from gfxlm.ops.int4_cpu import int4_applies, int4_nbytes
 from gfxlm.weights.checkpoint import Checkpoint
 from gfxlm.weights.config import QuantizationMap
 
-# Activations, buffers and the allocator's slack take about this much beside weights and cache.
-_ROOM = 1.1
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
@@ -88,16 +85,6 @@ class ModelInfo:
     def cache_bytes(self, context: int) -> int:
         """One sequence's cache of that many positions."""
         return self.state_bytes + context * self.kv_bytes_per_token
-
-    def needed_bytes(self, context: int) -> int:
-        """Memory to run one sequence of that length: weights, cache, and a tenth of both for everything else."""
-        return int(_ROOM * (self.resident_bytes + self.cache_bytes(context)))
-
-    def longest_context(self, memory: int) -> int:
-        """The longest context for which that much memory suffices, 0 where there is none."""
-        free = memory / _ROOM - self.resident_bytes - self.state_bytes
-        positions = int(free / self.kv_bytes_per_token) if self.attention else self.context_length
-        return max(0, min(positions, self.context_length)) if free > 0 else 0
 
     def decode_bytes(self, context: float) -> float:
         """What a token reads and writes in a context of that length."""

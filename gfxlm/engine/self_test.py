@@ -16,6 +16,7 @@ import torch
 from gfxlm import __version__
 from gfxlm.device.arch import gpu_name
 from gfxlm.device.files import cache_folder, write_whole
+from gfxlm.device.notice import notice
 from gfxlm.device.threads import single_thread
 from gfxlm.device.versions import versions
 from gfxlm.engine.trial import Fault, Trial
@@ -47,6 +48,10 @@ def require(model: CausalLM) -> None:
     passed = _read(path)
     if key in passed:
         return
+    notice(
+        "checking this GPU's numbers, one layer of each kind, once for such a model, this driver and these versions: "
+        "up to a minute while kernels are compiled"
+    )
     if faults := check(model):
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(

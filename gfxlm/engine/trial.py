@@ -15,9 +15,9 @@ from torch import Tensor
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.reference import Arithmetic, DeltaInputs, Formula, distribution, matrix, numbers
 from gfxlm.engine.sampler import Sampler
-from gfxlm.models.base import CausalLM, DecoderLayer
+from gfxlm.models.base import CausalLM, DecoderLayer, page_size
 from gfxlm.nn.attention import Attention
-from gfxlm.nn.cache import KVCache, LayerCache, QuantizedKVCache, RecurrentCache
+from gfxlm.nn.cache import Cache, KVCache, LayerCache, RecurrentCache
 from gfxlm.nn.context import Context
 from gfxlm.nn.delta_net import GatedDeltaNet
 from gfxlm.nn.linear import Linear, MergedLinear
@@ -26,10 +26,10 @@ from gfxlm.nn.norm import RMSNorm
 from gfxlm.ops import DeltaWeights, cached_attention, gated_delta_mixer
 from gfxlm.ops.kv import read, write_qkv
 from gfxlm.ops.moe import SharedExpert, route
-from gfxlm.ops.ragged import ragged
+from gfxlm.ops.ragged import Slots, ragged
 
 # Enough rows for the widest kind of product and for more than one chunk of the delta rule; and so few as to be skinny.
-_PROMPT, _FEW = 72, 24
+PROMPT, _FEW = 72, 24
 _OUTPUTS = 512  # of a product, spread over all of them
 _EXPERT_ROWS = 3  # of the prompt: each takes some experts' matrices as float64
 # What rounding does is random; its size over many outputs is not. Kernels round in other places than the yardstick.
@@ -37,7 +37,8 @@ _MARGIN, _LARGEST_MARGIN = 1.5, 3.0
 _THROWS, _THROWN = 4, 256  # times, and outputs of a row in all, that rounding is thrown for
 _POSITIONS = 64
 _FP32 = 2.0**-21  # of results in fp32, after some steps
-_DRAWS, _VOCABULARY = 3072, 1500
+DRAWS, VOCABULARY = 3072, 1500
+PAGED = 512
 _SIGMAS = 5.0
 
 
@@ -64,7 +65,7 @@ class Trial:
         addends = model.config.hidden_size if model.dtype == torch.float32 else 1
         self._unit = torch.finfo(model.dtype).eps / 2 * addends**0.5
         self._least = torch.finfo(model.dtype).tiny * torch.finfo(model.dtype).eps  # a step of the smallest numbers
-        tokens = torch.arange(_PROMPT + 1) * 7919 % model.config.vocab_size
+        tokens = torch.arange(PROMPT + 1) * 7919 % model.config.vocab_size
         embedding = model.model.embed_tokens
         self._slow: RecurrentCache
         self.x = embedding(tokens.to(self.device))
@@ -96,14 +97,17 @@ class Trial:
     def layer(self, number: int, layer: DecoderLayer) -> None:
         """A prompt through a layer, then one token more."""
         place = f"model.layers.{number}"
-        cache, whole = (self.model.make_cache(1, _PROMPT + 1).layers[number] for _ in range(2))
-        for first, last in ((0, _PROMPT), (_PROMPT, _PROMPT + 1)):
+        plain, whole = (self.model.make_cache(1, PROMPT + 1).layers[number] for _ in range(2))
+        paged = paged_cache(self.model)
+        paged.reserve(0, PROMPT + 1)
+        caches = plain, paged.layers[number]
+        for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1)):
             x = self.x[first:last]
             context = self._context(first, last)
             normed = self._norm(f"{place}.input_layernorm", layer.input_layernorm, x)
-            h = self._mixer(f"{place}.{layer.mixer_name}", layer.mixer, normed, context, cache, x, first)
+            h = self._mixer(f"{place}.{layer.mixer_name}", layer.mixer, normed, context, caches, x, first)
             normed = self._norm(f"{place}.post_attention_layernorm", layer.post_attention_layernorm, h)
-            steps = numbers(self._block(f"{place}.mlp", layer.mlp, normed, h))
+            steps = numbers(self._block(f"{place}.mlp", layer.mlp, normed, h, context.slots))
             self.judge(place, "layer", layer(x, context, whole), _twice_rounded(steps))
 
     def angles(self) -> None:
@@ -138,9 +142,9 @@ class Trial:
         tokens, best = self._sampled(logits, SamplingParams()), logits.float().amax(-1)
         if not bool((logits.float().gather(1, tokens.clamp(min=0)[:, None])[:, 0] == best).all()):
             self.faults.append(Fault("sampler", "sampling", len(logits), torch.inf))
-        ranks = torch.arange(_VOCABULARY) * 7 % _VOCABULARY
+        ranks = torch.arange(VOCABULARY) * 7 % VOCABULARY
         scores = -0.1 * ranks.float()
-        drawn_from = scores.to(self.device).expand(_DRAWS, -1)
+        drawn_from = scores.to(self.device).expand(DRAWS, -1)
         plain = SamplingParams(temperature=0.7, seed=1)
         filtered = [replace(plain, top_p=0.8), replace(plain, top_k=9), replace(plain, min_p=0.3)]
         for slots in ([plain], filtered):
@@ -148,7 +152,7 @@ class Trial:
             for number, params in enumerate(slots):
                 worst = _improbability(tokens[number :: len(slots)], distribution(scores.double(), params))
                 if worst > 1:
-                    self.faults.append(Fault("sampler", "sampling", _DRAWS // len(slots), worst))
+                    self.faults.append(Fault("sampler", "sampling", DRAWS // len(slots), worst))
 
     def _sampled(self, logits: Tensor, *params: SamplingParams) -> Tensor:
         """A token for each row, whose parameters take turns."""
@@ -156,7 +160,7 @@ class Trial:
         for slot, given in enumerate(params):
             sampler.set(slot, given)
         rows = torch.arange(len(logits), device=self.device)
-        tokens, _ = sampler.sample(logits, rows % len(params), rows)
+        tokens = sampler.sample(logits, rows % len(params), rows).tokens
         return tokens
 
     def _mixer(
@@ -165,19 +169,20 @@ class Trial:
         mixer: Attention | GatedDeltaNet,
         x: Tensor,
         context: Context,
-        cache: LayerCache,
+        caches: tuple[LayerCache, LayerCache],
         residual: Tensor,
         first: int,
     ) -> Tensor:
         if isinstance(mixer, GatedDeltaNet):
-            assert isinstance(cache, RecurrentCache)
-            return self._delta(place, mixer, x, context, cache, residual, first)
-        assert not isinstance(cache, RecurrentCache)
-        return self._attention(place, mixer, x, context, cache, residual, first)
+            assert isinstance(caches[0], RecurrentCache)
+            return self._delta(place, mixer, x, context, caches[0], residual, first)
+        parts = self._linear(f"{place}.qkv_proj", mixer.qkv_proj, x)
+        outputs = [self._attention(place, mixer, parts, context, cache, first) for cache in caches]
+        return self._linear(f"{place}.o_proj", mixer.o_proj, outputs[0].flatten(-2), residual)[0]
 
-    def _block(self, place: str, mlp: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    def _block(self, place: str, mlp: torch.nn.Module, x: Tensor, residual: Tensor, slots: Slots) -> Tensor:
         if isinstance(mlp, SparseMoE):
-            return self._experts(place, mlp, x, residual)
+            return self._experts(place, mlp, x, residual, slots)
         assert isinstance(mlp, GatedMLP)
         return self._mlp(place, mlp, x, residual)
 
@@ -185,13 +190,13 @@ class Trial:
         self,
         place: str,
         attention: Attention,
-        x: Tensor,
+        parts: tuple[Tensor, ...],
         context: Context,
-        cache: KVCache | QuantizedKVCache,
-        residual: Tensor,
+        cache: LayerCache,
         first: int,
     ) -> Tensor:
-        parts = self._linear(f"{place}.qkv_proj", attention.qkv_proj, x)
+        """Queries, keys and values (N, ...) through a cache of either kind: (N, Hq, D)."""
+        assert not isinstance(cache, RecurrentCache)
         heads = (attention.heads, attention.kv_heads, attention.kv_heads)
         q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(parts, heads, strict=True))
         gate = None
@@ -204,7 +209,7 @@ class Trial:
             cos=context.cos, sin=context.sin, norms=norms, eps=eps,
             traditional=attention.traditional_rope, pages=cache.table,
         )  # fmt: skip
-        last = first + len(x)
+        last = first + len(q)
         keys, values = (numbers(read(store, 0, 0, last, cache.table)) for store in (cache.keys, cache.values))
         cos, sin = numbers(context.cos), numbers(context.sin)
 
@@ -226,7 +231,7 @@ class Trial:
         self.judge(
             place, "attention", out, lambda a: a.attention(query, keys, values, scale=scale, window=window, gate=gates)
         )
-        return self._linear(f"{place}.o_proj", attention.o_proj, out.flatten(-2), residual)[0]
+        return out
 
     def _delta(
         self,
@@ -279,9 +284,9 @@ class Trial:
             self.judge(f"{place}.gate_up_proj", "linear", picked, lambda a, wide=wide: formula(a, wide))  # type: ignore[misc]
         return self._linear(f"{place}.down_proj", mlp.down_proj, hidden, residual)[0]
 
-    def _experts(self, place: str, moe: SparseMoE, x: Tensor, residual: Tensor) -> Tensor:
+    def _experts(self, place: str, moe: SparseMoE, x: Tensor, residual: Tensor, slots: Slots) -> Tensor:
         logits, *shared_logits = self._linear(f"{place}.gate", moe.gate, x)
-        chosen, scores = route(logits, moe.top_k, normalize=moe.normalize)
+        chosen, scores = route(logits, moe.top_k, normalize=moe.normalize, slots=slots.index)
         self._routing(f"{place}.gate", moe, numbers(logits), chosen.cpu(), scores)
         shared = None
         if moe.has_shared_expert:
@@ -338,6 +343,12 @@ class Trial:
     def _context(self, first: int, last: int) -> Context:
         positions, slots = ragged([0], [last - first], [first], self.device)
         return Context(positions, slots, *self.model.model.rope(positions))
+
+
+def paged_cache(model: CausalLM) -> Cache:
+    """A cache in pages, as chats share one, of a few hundred positions."""
+    positions = min(PAGED, model.config.max_position_embeddings)
+    return model.make_cache(1, positions, pool_positions=positions + page_size(model.device), paged=True)
 
 
 def _excess(error: Tensor, noise: Tensor, least: float) -> float:

@@ -5,14 +5,18 @@ import gc
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gfxlm.device import memory
 from gfxlm.device.arch import ARCHITECTURES, assume
 from gfxlm.device.arena import Arena, arena, unified
+from gfxlm.device.memory import available_bytes, count_in, peak_bytes, taken_bytes
 from gfxlm.errors import UserError
 
 SOURCE = r"""
@@ -131,6 +135,35 @@ def test_never_more_managed_memory_than_is_free(stub: Stub) -> None:
     with pytest.raises(UserError, match=r"^3\.00 MB of weights .*HIP error 2.* 1\.00 MB are free$"):
         held.append(place.empty((750_000,), torch.float32))
     assert (stub["managed"], stub["alive"]) == (3_000_000, 1)
+
+
+def test_managed_memory_counts_before_it_is_written_to(stub: Stub) -> None:
+    """The host says that as much is free as before: nobody has touched the pages yet."""
+    stub["room"] = 0
+    place = over(stub, lambda: 4_000_000)
+    held = [place.empty((750_000,), torch.float32)]
+    with pytest.raises(UserError, match=r"1\.00 MB are free$"):
+        place.empty((750_000,), torch.float32)
+    held.clear()
+    assert place.empty((1_000_000,), torch.float32).nbytes == 4_000_000
+
+
+def test_what_it_holds_is_taken_from_the_gpu(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(memory, "_holders", defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 150)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 10_000))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=True))
+    place = over(stub)
+    count_in(place, gpu)
+    held = place.empty((250,), torch.float32)
+    assert (taken_bytes(gpu), taken_bytes(torch.device("cuda")), taken_bytes(other)) == (1100, 1100, 100)
+    assert available_bytes(gpu, limit=3000) == 1900
+    assert (available_bytes(gpu), available_bytes(gpu, limit=1000)) == (5000, 0)
+    del held
+    assert (taken_bytes(gpu), peak_bytes(gpu)) == (100, 1150)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])

@@ -54,7 +54,12 @@ def warned(check: Callable[[Host], Iterator[Finding]], host: Host) -> list[Findi
         ("6.19.0", True),
         ("7.1.2-1", True),
         ("6.17.0-19-generic", True),
+        ("6.17.0-35-generic", True),
         ("6.17.0-1008-oem", True),
+        ("6.14.0-1018-oem", True),
+        ("6.14.0-1017-oem", False),
+        ("6.17.0-18-generic", False),
+        ("6.17.0-1022-azure", False),
         ("6.18.3", False),
         ("6.17.9-arch1-1", False),
         ("6.14.0-37-generic", False),
@@ -93,7 +98,10 @@ def test_a_torch_for_another_platform(strix_halo: Host) -> None:
     versions = VERSIONS | {"torch": "2.11.0+cpu", "rocm": ""}
     [finding] = warned(libraries, replace(strix_halo, gpus=(), versions=versions))
     assert finding.value == "is there, but torch was not built for ROCm: plain CPU work"
-    assert finding.fix == "install the ROCm wheel of torch"
+    assert finding.fix == (
+        "install the ROCm wheel of torch: pip install --index-url https://repo.amd.com/rocm/whl-multi-arch/ "
+        '"torch[device-gfx1151]"'
+    )
 
 
 def test_a_torch_that_sees_nothing(strix_halo: Host) -> None:
@@ -151,6 +159,16 @@ def test_which_gpu_is_used(desktop: Host) -> None:
     assert finding.value == "the integrated GPU is used beside a discrete one"
 
 
+def test_a_gpu_that_torch_has_no_code_for(desktop: Host) -> None:
+    both = ("gfx1100", "gfx1036")
+    assert warned(devices, replace(desktop, compiled_for=both)) == []
+    assert warned(devices, replace(desktop, compiled_for=("gfx11-generic", "gfx10-3-generic"))) == []
+    [finding] = warned(devices, replace(desktop, compiled_for=("gfx942", "gfx1036")))
+    assert finding.value == "torch has code for gfx942, gfx1036, not for gfx1100"
+    assert "invalid device function" in finding.fix
+    assert '"torch[device-gfx1100]"' in finding.fix
+
+
 def test_a_gpu_that_torch_does_not_see(desktop: Host) -> None:
     said = found(devices, replace(desktop, gpus=(XTX,)))
     assert said["/dev/dri/renderD128"].value == "gfx1036 1002:164e: torch does not see it"
@@ -166,7 +184,12 @@ def test_on_the_cpu(strix_halo: Host) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "level"),
     [
-        ("gfx1151", "gfx1151, family gfx11, wave 32, wmma, 64 KiB shared, lines of 128 bytes, integrated", "ok"),
+        (
+            "gfx1151",
+            "gfx1151, family gfx11, wave 32, wmma, 64 KiB shared, lines of 128 bytes, integrated, slow where rows lie "
+            "a multiple of 1024 bytes apart",
+            "ok",
+        ),
         ("gfx1153", "gfx1153, family gfx11, wave 32, wmma, 64 KiB shared, lines of 128 bytes, integrated", "warning"),
         ("gfx1030", "gfx1030: there are no kernels for it, plain torch does the work", "warning"),
     ],
@@ -200,7 +223,8 @@ def test_half_of_the_memory(strix_halo: Host) -> None:
     [finding] = warned(memory, strix_halo)
     assert finding.fix == (
         "the GPU reaches 67.11 GB of 133.68 GB: set the firmware's share for graphics to its least, and boot with "
-        f"ttm.pages_limit={(124 * GIB + GIB // 2 - 8 * GIB) // 4096}"
+        f"ttm.pages_limit={(124 * GIB + GIB // 2 - 8 * GIB) // 4096} (or: pipx install amd-debug-tools, then amd-ttm "
+        "--set 116)"
     )
 
 

@@ -138,6 +138,24 @@ print([v.outcome for v in gemm.verdicts(torch.device("cpu")).found].count("crash
     assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]  # no scratch files
 
 
+def test_verdicts_hold_where_they_cannot_be_kept(tmp_path: Path) -> None:
+    """A home that cannot be written to must not bring back a library that was just found to be wrong."""
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.warns(UserWarning, match=r"is not kept, every start tries again: .*cache"):
+        found = tried(tmp_path, "if library == 'hipBLASLt' and len(x) == 1: out[0, 0] = 9")
+    with assume(named("gfx1151")):
+        assert gemm.verdicts(CPU) == found
+    assert found.chosen(torch.bfloat16, 1) == ROCBLAS
+
+
+def test_what_is_tried_is_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tried(tmp_path, "pass")
+    out, err = capsys.readouterr()
+    told = "once for this GPU, driver and torch: about half a minute"
+    assert out == ""
+    assert err.splitlines() == [f"gfxlm: trying hipBLASLt (1 of 2), {told}", f"gfxlm: trying rocBLAS (2 of 2), {told}"]
+
+
 ENTRY = {"library": HIPBLASLT, "dtype": "bfloat16", "rows": 32, "outcome": "wrong", "detail": ""}
 
 

@@ -112,6 +112,23 @@ def test_published_models_on_usual_devices(tmp_path: Path) -> None:
     assert replace(plan, memory=40_000_000_000).longest == 0
 
 
+@pytest.mark.parametrize(("host", "told"), [(120, True), (17, False)])
+def test_memory_that_an_integrated_gpu_may_not_use(host: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Strix Halo whose kernel lends it 16 GB of 128: there is a way to more."""
+    checkpoint, gpu = Checkpoint.open(mlx_checkpoint("qwen3")), torch.device("cuda")
+    model, free = build(checkpoint)[0], {"cuda": 16 << 30, "cpu": host << 30}
+    monkeypatch.setattr(budgets, "unified", lambda device: device.type == "cuda")
+    monkeypatch.setattr(budgets, "available_bytes", lambda device, limit=None: limit or free[device.type])
+    plan = planned(model, checkpoint, gpu)
+    assert plan.unreached == (host - 16) << 30
+    with pytest.raises(UserError) as refusal:
+        replace(plan, weights=17 << 30).check(100)
+    more = "; the host has 111.67 GB more that this GPU may not use: gfxlm doctor says how it may"
+    assert str(refusal.value).endswith(more) == told
+    assert planned(model, checkpoint, gpu, limit=1 << 30).unreached == 0
+    assert planned(model, checkpoint, CPU).unreached == 0
+
+
 @pytest.fixture(scope="module")
 def loaded() -> tuple[CausalLM, Tokenizer]:
     return gfxlm.load(mlx_checkpoint("qwen3"))

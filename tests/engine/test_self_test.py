@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gfxlm
-from gfxlm.engine import sampler, self_test
+from gfxlm.engine import sampler, self_test, trial
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.reference import Arithmetic, distribution, matrix
 from gfxlm.engine.self_test import check, different_layers, require
@@ -125,6 +125,10 @@ def last_row_lost(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
+def wrong_in_pages(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, pages, **named: attend(*args, pages=pages, **named) * (1 if pages is None else 1.01)
+
+
 def wrong_expert(mlp_of_experts: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The second best expert's matrices are those of its neighbour."""
     return lambda x, experts, *rest, **named: mlp_of_experts(
@@ -140,6 +144,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "experts": (mlp, "expert_mlp", worse, "experts"),
     "experts, another one": (mlp, "expert_mlp", wrong_expert, "experts"),
     "attention": (attention, "_attend", worse, "attention"),
+    "attention, in pages": (trial, "cached_attention", wrong_in_pages, "attention"),
     "gated delta": (delta_mixer, "gated_delta_update", faded, "gated delta"),
     "convolution": (delta_mixer, "causal_conv1d", louder, "gated delta"),
     "norm": (norm, "rms_norm", worse, "norm"),
@@ -171,8 +176,8 @@ def test_a_greedy_token_that_is_not_the_best(built_in: CausalLM, monkeypatch: py
     choose = sampler.Sampler.sample
 
     def second(self: sampler.Sampler, logits: Tensor, *rest: Tensor) -> Any:
-        tokens, logprobs = choose(self, logits, *rest)
-        return (tokens + 1) % logits.shape[1], logprobs
+        draw = choose(self, logits, *rest)
+        return draw._replace(tokens=(draw.tokens + 1) % logits.shape[1])
 
     monkeypatch.setattr(sampler.Sampler, "sample", second)
     assert str(check(built_in)[0]).startswith("sampler: sampling, 4 rows, off by inf times")
@@ -226,6 +231,13 @@ def test_a_verdict_is_asked_for_once(on_a_gpu: SimpleNamespace) -> None:
     require(on_a_gpu.model)
     require(on_a_gpu.model)
     assert on_a_gpu.count == 2
+
+
+def test_what_it_waits_for_is_said_once(on_a_gpu: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        require(on_a_gpu.model)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:42]) == ("", 1, "gfxlm: checking this GPU's numbers, one la")
 
 
 def test_wrong_numbers_are_refused_every_time(on_a_gpu: SimpleNamespace) -> None:
