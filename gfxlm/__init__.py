@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from gfxlm.engine.convert import convert
     from gfxlm.engine.engine import Engine
     from gfxlm.engine.generate import batch_generate, generate, stream_generate
+    from gfxlm.engine.grammar import Grammar
     from gfxlm.engine.load import load
     from gfxlm.engine.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
     "Engine",
+    "Grammar",
     "SamplingParams",
     "batch_generate",
     "convert",
@@ -24,6 +26,7 @@ __all__ = [
 # Imported on first use: `gfxlm --help` must not wait for torch.
 _HOMES = {
     "Engine": "gfxlm.engine.engine",
+    "Grammar": "gfxlm.engine.grammar",
     "SamplingParams": "gfxlm.engine.params",
     "batch_generate": "gfxlm.engine.generate",
     "convert": "gfxlm.engine.convert",

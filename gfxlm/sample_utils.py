@@ -65,8 +65,7 @@ class _StreamSampler:
             self._sampler.set(0, self._params)
         positions = torch.arange(self._rows_drawn, self._rows_drawn + rows, device=logprobs.device)
         self._rows_drawn += rows
-        tokens, _ = self._sampler.sample(logprobs, torch.zeros_like(positions), positions)
-        return tokens
+        return self._sampler.sample(logprobs, torch.zeros_like(positions), positions).tokens
 
 
 def make_logits_processors(

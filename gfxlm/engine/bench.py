@@ -13,6 +13,7 @@ from gfxlm.device.ceilings import synchronize
 from gfxlm.device.memory import peak_bytes
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.info import ModelInfo
+from gfxlm.engine.logprobs import Draw
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 from gfxlm.errors import UserError
@@ -111,9 +112,9 @@ class SyntheticTokens:
     def clear(self, slot: int) -> None:
         """There is nothing to forget."""
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         """One token a row, by its position."""
-        return self._tokens[positions % len(self._tokens)], None
+        return Draw(self._tokens[positions % len(self._tokens)])
 
 
 class Bench:
@@ -200,6 +201,7 @@ class Bench:
     @staticmethod
     def _end(engine: Engine, requests: list[Request]) -> None:
         for request in requests:
+            request.check()
             engine.finish(request)
 
     @staticmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gfxlm.engine.logprobs import Draw, likeliest
 from gfxlm.engine.params import SamplingParams
 
 SamplerFunction = Callable[[Tensor], Tensor]
@@ -19,6 +20,7 @@ class CallbackSampler:
     sampler: SamplerFunction
     processors: Sequence[LogitsProcessor] = ()
     tokens: dict[int, list[int]] = field(default_factory=dict)  # by slot
+    params: dict[int, SamplingParams] = field(default_factory=dict)
 
     @property
     def graph_key(self) -> None:
@@ -31,12 +33,12 @@ class CallbackSampler:
         return True
 
     def set(self, slot: int, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
-        self.tokens[slot] = list(prompt_tokens)
+        self.tokens[slot], self.params[slot] = list(prompt_tokens), params
 
     def clear(self, slot: int) -> None:
-        del self.tokens[slot]
+        del self.tokens[slot], self.params[slot]
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         histories = [self.tokens[slot] for slot in slots.tolist()]
         logits = logits.float()
         if self.processors:
@@ -46,7 +48,8 @@ class CallbackSampler:
         sampled = torch.where(logprobs.amax(-1).isfinite(), sampled, -1)
         for history, token in zip(histories, sampled.tolist(), strict=True):
             history.append(token)
-        return sampled, logprobs
+        wanted = any(params.top_logprobs is not None for params in self.params.values())
+        return Draw(sampled, logprobs, likeliest(logprobs, sampled) if wanted else None)
 
     def _process(self, tokens: list[int], logits: Tensor) -> Tensor:  # (1, V) -> (1, V)
         for processor in self.processors:

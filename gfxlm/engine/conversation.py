@@ -1,7 +1,7 @@
 """A chat of many turns over one cache."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from gfxlm.engine.generate import GenerationResponse, stream_generate
@@ -114,8 +114,13 @@ class Conversation:
                 self.messages, **{"add_generation_prompt": True, **self._template_kwargs}
             )
             return tokens
-        text = ""
-        for message in self.messages:
-            new_line = message["role"] != "assistant" and text and not text.endswith("\n")
-            text += ("\n" if new_line else "") + message["content"]
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(plain_text(self.messages))
+
+
+def plain_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The messages as one running text, for a model without a chat template: each question on a new line."""
+    text = ""
+    for message in messages:
+        new_line = message["role"] != "assistant" and text and not text.endswith("\n")
+        text += ("\n" if new_line else "") + message["content"]
+    return text

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.device.graph import Graph
+from gfxlm.engine.logprobs import Draw
 from gfxlm.kernels.batch import Span
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
@@ -25,22 +26,21 @@ class StepSampler(Protocol):
     def graph_key(self) -> Hashable | None:
         """What a recording of `sample` is valid for; None where it cannot be recorded."""
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw: ...
 
 
 @dataclass(slots=True)
 class Sampled:
-    """One step's tokens on their way to the host. `logprobs` is (R, V) fp32 or None."""
+    """One step's tokens on their way to the host, with what was wanted besides: a `Draw` of its real rows."""
 
-    _tokens: Tensor
-    logprobs: Tensor | None
+    _draw: Draw
     _arrived: torch.cuda.Event | None
 
-    def tokens(self) -> list[int]:
-        """Wait for the tokens, -1 where the logits were not finite."""
+    def read(self) -> Draw:
+        """Wait for the tokens and for `top`, which then are in host memory; `logprobs` stay on the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._tokens.tolist()
+        return self._draw
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class _Bucket:
     logits: Tensor  # (rows, V)
     forward: Graph = field(init=False)  # of the rows' last tokens
     head: Graph = field(init=False)  # of `hidden`
-    logprobs: dict[Hashable, Tensor | None] = field(default_factory=dict)  # by what they were recorded for
+    draws: dict[Hashable, Draw] = field(default_factory=dict)  # by what they were recorded for
     filled: tuple[int, ...] = ()
     sampling: dict[Hashable, Graph] = field(default_factory=dict)
 
@@ -110,10 +110,18 @@ class DecodeStep:
 
     def run(self, slots: Sequence[int]) -> Sampled:
         """Launch one step for these slots. Waits for nothing."""
+        self.forward(slots)
+        return self.sample(slots)
+
+    def forward(self, slots: Sequence[int]) -> None:
+        """Launch a step all but its sampling, which the next call here has to be. Waits for nothing."""
         bucket = self._bucket(len(slots))
         self._fill(bucket, tuple(slots))
         bucket.forward.replay()
-        return self._sampled(bucket)
+
+    def sample(self, slots: Sequence[int]) -> Sampled:
+        """Launch the sampling of what `forward` was given. Waits for nothing."""
+        return self._sampled(self._bucket(len(slots)))
 
     def _sampled(self, bucket: _Bucket) -> Sampled:
         key = self._sampler.graph_key
@@ -198,21 +206,27 @@ class DecodeStep:
     def _sample(self, bucket: _Bucket, key: Hashable, rows: int) -> None:
         """Choose tokens, and leave them where the next step finds them."""
         places, positions = bucket.places[:rows], bucket.positions[:rows]
-        tokens, bucket.logprobs[key] = self._sampler.sample(bucket.logits[:rows], places, positions)
-        bucket.tokens[:rows].copy_(tokens)
+        draw = self._sampler.sample(bucket.logits[:rows], places, positions)
+        bucket.draws[key] = draw
         # A row whose logits were not finite is over; its successor must only be a token that exists.
-        self._last.index_copy_(0, places, tokens.clamp(min=0))
+        self._last.index_copy_(0, places, draw.tokens.clamp(min=0))
         self._length.index_copy_(0, places, positions + 1)
 
     @staticmethod
     def _send(bucket: _Bucket, key: Hashable) -> Sampled:
-        rows = len(bucket.filled)
-        logprobs = bucket.logprobs[key]
-        logprobs = None if logprobs is None else logprobs[:rows].clone()
-        if not bucket.tokens.is_cuda:
-            return Sampled(bucket.tokens.clone(), logprobs, None)
-        tokens = torch.empty(rows, dtype=torch.int64, pin_memory=True)
-        tokens.copy_(bucket.tokens[:rows], non_blocking=True)
+        rows, draw = len(bucket.filled), bucket.draws[key]
+        logprobs = None if draw.logprobs is None else draw.logprobs[:rows].clone()
+        top = None if draw.top is None else _sent(draw.top[:rows])
+        sent = Draw(_sent(draw.tokens[:rows]), logprobs, top)
+        if not draw.tokens.is_cuda:
+            return Sampled(sent, None)
         arrived = torch.cuda.Event()
         arrived.record()
-        return Sampled(tokens, logprobs, arrived)
+        return Sampled(sent, arrived)
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    """A copy on the host, on its way there from a GPU."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gfxlm.engine.budget import Budget, remaining
 from gfxlm.engine.decode import DecodeStep, Sampled
+from gfxlm.engine.logprobs import Draw
 from gfxlm.engine.prefill import PrefillStep
 from gfxlm.engine.request import TokenSampler
 from gfxlm.engine.snapshots import Snapshots
@@ -184,7 +185,7 @@ class DraftModel:
         steps += [(those, self._step(those)) for those in further]
         guesses: dict[int, list[int]] = {slot: [] for slot in slots}
         for those, sampled in steps:
-            for slot, token in zip(those, sampled.tokens(), strict=True):
+            for slot, token in zip(those, sampled.read().tokens.tolist(), strict=True):
                 guesses[slot].append(token)
         for slot in slots:
             self._snapshots.put_back(slot)
@@ -262,8 +263,8 @@ class _Guess:
         """What a recording of `sample` is valid for."""
         return "greedy" if self.sampler.sequential else self.sampler.graph_key
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, None]:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         """One token a row; nobody wants the log probabilities of a draft."""
         if self.sampler.sequential:
-            return logits.argmax(-1), None
-        return self.sampler.sample(logits, slots, positions)[0], None
+            return Draw(logits.argmax(-1))
+        return Draw(self.sampler.sample(logits, slots, positions).tokens)

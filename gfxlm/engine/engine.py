@@ -1,6 +1,5 @@
 """Many requests over one model: each step feeds prompts in chunks and every running request its last token."""
 
-from collections import deque
 from collections.abc import Collection, Sequence
 
 import torch
@@ -10,15 +9,18 @@ from gfxlm.device.arch import architecture
 from gfxlm.device.graph import shared_pool
 from gfxlm.device.memory import empty_cache
 from gfxlm.device.threads import single_thread
-from gfxlm.engine.budget import explain_out_of_memory, is_out_of_memory, make_cache
+from gfxlm.engine.budget import make_cache, states_to_save
 from gfxlm.engine.decode import DecodeStep
-from gfxlm.engine.diagnose import first_nan_module
 from gfxlm.engine.drafters import Drafter, Target
+from gfxlm.engine.grammar import Constraints, GrammarSource
+from gfxlm.engine.lifecycle import Lifecycle
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.prefill import Fed, PrefillStep
-from gfxlm.engine.request import Launched, Request, TokenSampler
+from gfxlm.engine.prefix import prefixes_of
+from gfxlm.engine.request import Launched, Request, TokenSampler, check_prompt, choices
 from gfxlm.engine.sampler import Sampler
-from gfxlm.engine.speculative import Speculation
+from gfxlm.engine.scheduler import Scheduler
+from gfxlm.engine.speculative import Speculation, check_drafts
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
@@ -31,7 +33,8 @@ _SMALL_BYTES = 64 << 20
 class Engine:
     """Continuous batching over one model and one cache of fixed address.
 
-    `max_batch` requests run at once, each with up to `max_context` positions; the others wait in the order they came.
+    `max_batch` requests run at once, each with up to `max_context` positions; the others wait in the order they came,
+    at most `max_waiting` of them.
     A `cache` from outside is continued: a request begins with what its slot holds, and leaves its own tokens there.
     With `overlap`, the default on a GPU, prompts are fed beside the decode steps, not in them, and a decode step is
     launched before the tokens of the one before it are read.
@@ -39,6 +42,8 @@ class Engine:
     the tokens are the same, and more than one of them may come of one pass of the model.
     `batch_invariant` makes a request's numbers, bit by bit, independent of what else runs: prompts are fed one by one,
     and decode steps always have a row for every slot, or else one request each.
+    With a `prefix_cache`, keys and values stay until their room is needed: a prompt that begins like an earlier one is
+    fed only from there on (see `gfxlm.engine.prefix`).
     """
 
     def __init__(
@@ -54,6 +59,9 @@ class Engine:
         overlap: bool | None = None,
         drafter: Drafter | None = None,
         batch_invariant: bool = False,
+        prefix_cache: bool = False,
+        max_waiting: int | None = None,
+        grammars: GrammarSource | None = None,
     ) -> None:
         if prefill_step_size < 1:
             raise UserError(f"prefill_step_size must be at least 1, but is {prefill_step_size}")
@@ -61,21 +69,25 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefill_step_size = prefill_step_size
         self._owns_cache = cache is None
+        states = states_to_save(model, max_batch, prefill_step_size) if prefix_cache else None
         self.cache = cache or make_cache(
             model,
             max_batch,
             max_context or model.config.max_position_embeddings,
             exact=max_context is not None,
             prefill_step_size=prefill_step_size,
+            saved_states=states,
         )
-        if drafter is not None and self.cache.ring is not None:
-            raise UserError(
-                "max_kv_size: a cache that forgets cannot take back a draft_model's or a prompt look-up's drafts"
-            )
-        if drafter is not None and batch_invariant:
-            raise UserError("batch_invariant: passes over drafts have as many rows as there are drafts")
+        self._prefixes = None
+        if prefix_cache:
+            step = prefill_step_size if batch_invariant else None
+            self._prefixes = prefixes_of(self.cache, own=cache is None, step=step, states=states or 0)
+        if drafter is not None:
+            check_drafts(self.cache, batch_invariant=batch_invariant)
         # One slot more: rows that pad a batch are sampled there.
         self.sampler = sampler or Sampler(len(self.cache.lengths) + 1, model.config.vocab_size, model.device)
+        self.grammars = grammars
+        self._constraints = Constraints(grammars, self.sampler)
         overlap = model.device.type != "cpu" if overlap is None else overlap
         # Only kernels leave rows of padding alone, which every recording has.
         pool = shared_pool(model.device) if overlap and architecture(model.device).kernels else None
@@ -87,23 +99,81 @@ class Engine:
         self._decode_step = None
         if overlap and not (batch_invariant and pool is None):
             self._decode_step = DecodeStep(model, self.cache, self.sampler, pool, one_size=batch_invariant)
-        self._alone = batch_invariant
+        self._scheduler = Scheduler(
+            self.cache,
+            prefill_step_size,
+            prefixes=self._prefixes,
+            max_waiting=max_waiting,
+            one_by_one=batch_invariant,
+        )
+        self._one_by_one = batch_invariant
         self._launched: Launched | None = None
         self._drafter = drafter
         self._speculation = None
         if drafter is not None:
             drafter.attach(Target(model, slots, self.cache.max_context, self.sampler, rows, pool))
             self._speculation = Speculation(drafter, model, self.cache, self.sampler, self._prefill_step)
+        self._lifecycle = Lifecycle(
+            model,
+            self.cache,
+            self._scheduler,
+            self.sampler,
+            self._constraints,
+            self._prefill_step,
+            eos_token_ids=self.eos_token_ids,
+            fed_ahead=lambda request: self._launched is not None and request in self._launched.ends,
+            owns_cache=self._owns_cache,
+            prefixes=self._prefixes,
+            drafter=drafter,
+            speculation=self._speculation,
+        )
         self._verified: set[Request] = set()  # of whose last tokens the decode step does not know
+        self._at_work: Sequence[Request] = ()  # whom to blame for what is raised
         self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
-        self._free = deque(range(len(self.cache.lengths)))
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
 
     @property
     def busy(self) -> bool:
         """True while a request waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self.waiting or self.running)
+
+    @property
+    def positions(self) -> int:
+        """Of how many positions there can be keys and values."""
+        return self.cache.positions
+
+    @property
+    def free_positions(self) -> int:
+        """And how many of those no request has been promised."""
+        return self._scheduler.free_positions
+
+    @property
+    def prefix_queries(self) -> int:
+        """How many prompt tokens came, and were looked for in the prefix cache."""
+        return 0 if self._prefixes is None else self._prefixes.queries
+
+    @property
+    def prefix_hits(self) -> int:
+        """How many of them were there."""
+        return 0 if self._prefixes is None else self._prefixes.hits
+
+    def clear_prefixes(self) -> None:
+        """Forget what prompts began with."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
+
+    @property
+    def _running(self) -> list[Request]:
+        return self._scheduler.running
 
     def add(
         self,
@@ -113,35 +183,34 @@ class Engine:
         prefix: Cache | None = None,
         keep_cache: bool = False,
         cached_tokens: Sequence[int] = (),
+        timeout: float | None = None,
     ) -> Request:
         """Queue a prompt. Raises UserError if it is empty, has unknown tokens or does not fit into the context.
 
+        BusyError where too many wait. After `timeout` seconds, waiting included, it ends with an error.
         `cached_tokens` are those of the cache that it continues, where they are known: a drafter wants to see them.
         """
-        vocab_size = self.model.config.vocab_size
-        if not prompt:
-            raise UserError("the prompt is empty")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise UserError(f"the prompt has token {max(prompt, key=abs)}, the vocabulary has {vocab_size}")
         cached = max(self.cache.lengths) if prefix is None else prefix.lengths[0]
         cached = 0 if self._owns_cache and prefix is None else cached
-        if cached + len(prompt) > self.cache.max_context:
-            before = f" after {cached} cached ones" if cached else ""
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens{before}, but the context holds {self.cache.max_context}"
-            )
+        check_prompt(prompt, self.model.config.vocab_size, cached, self.cache.max_context)
         if prefix is not None:
             self.cache.order_of(prefix, 0)
+        self._constraints.check(params.grammar)
         request = Request(
-            list(prompt), params, prefix=prefix, keep_cache=keep_cache, cached_tokens=tuple(cached_tokens)
+            list(prompt),
+            params,
+            prefix=prefix,
+            keep_cache=keep_cache,
+            cached_tokens=tuple(cached_tokens),
+            timeout=timeout,
         )
-        self._waiting.append(request)
+        self._scheduler.add(request)
         return request
 
     @property
     def prefilling(self) -> bool:
         """True while a prompt is not in the cache yet."""
-        return bool(self._waiting) or any(request.prefilled < len(request.prompt) for request in self._running)
+        return bool(self.waiting) or any(request.feeding for request in self._running)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -154,51 +223,52 @@ class Engine:
             self._decode_step.warm_up()
         if self._drafter is not None:
             self._drafter.warm_up()
-        if not self._owns_cache:
-            return
-        self.add([0], SamplingParams(max_tokens=2))
+        if self._owns_cache:
+            self.add([0], SamplingParams(max_tokens=2))
         while self.busy:
             self.step()
+        if self._prefixes is not None:
+            self._prefixes.queries = 0
 
     @torch.inference_mode()
     def finish(self, request: Request) -> None:
         """End a request that waits or runs, as if it had stopped by itself."""
         request.finish_reason = "stop"
-        if request in self._running:
-            self._release(request)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        self._lifecycle.release(request)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Run the model once over everything that is due; returns the requests that got a token or failed.
+        """Run the model once over everything that is due; returns the requests that got a token or ended.
 
-        Where memory runs out, those whose prompts are being fed fail, or else all that run.
+        Raises nothing. What is raised ends the requests that it was for: one alone if it was its own work, all that
+        decode if it was theirs. Prompts that were fed together are fed again one by one, to see which one it was.
         """
-        self._admit()
+        ended = self._lifecycle.end_late()
+        self._at_work = ()
+        self._lifecycle.served.clear()
         try:
-            return self._step()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = explain_out_of_memory(error, self.model, self.cache)
+            self._sample_launched()
+            ended += self._lifecycle.admit()
+            return [*ended, *self._step()]
+        except Exception as error:
+            fault = self._lifecycle.fault(error)
         # Behind the exception, whose traceback holds what the step had allocated.
-        feeding = [request for request in self._running if request.prefilled < len(request.prompt)]
-        failed = feeding or list(self._running)
-        for request in failed:
-            self._fail(request, reason)
         empty_cache(self.model.device)
-        return failed
+        return [*ended, *self._lifecycle.recover(self._at_work, fault)]
 
     def _step(self) -> list[Request]:
+        self._scheduler.grow()
+        self._constraints.update()
         if accepted := [request for request in self._running if request.queue]:
             return [self._hand_out(request) for request in accepted]
         drafts = self._drafts()
         if self._decode_step is not None:
             return self._overlapped_step(self._decode_step, drafts)
-        work = self._plan([request for request in self._running if request not in drafts])
+        self._lifecycle.advance()
+        chunk = self._scheduler.chunk()
+        decoding = [(request, 1) for request in self._running if not request.feeding and request not in drafts]
         ready: list[Request] = []
-        for part in [[one] for one in work] if self._alone else [work]:
+        for part in [*([one] for one in decoding), chunk] if self._one_by_one else [decoding, chunk]:
             with single_thread(self._small and sum(count for _, count in part) <= _FEW_ROWS):
                 ready += self._run(part)
         return ready + self._verify(drafts)
@@ -227,16 +297,18 @@ class Engine:
         """The drafts of all requests that decode, nothing where plain decoding is as good."""
         if self._speculation is None:
             return {}
-        return self._speculation.plan([request for request in self._running if request.tokens])
+        self._at_work = [request for request in self._running if request.tokens]
+        return self._speculation.plan(self._at_work)
 
     def _verify(self, drafts: dict[Request, Sequence[int]]) -> list[Request]:
         """Run the model over last tokens and drafts, and hand out the first token of what it has accepted."""
         if self._speculation is None or not drafts:
             return []
+        self._at_work = list(drafts)
         self._speculation.verify(drafts)
-        self._verified.update(drafts)
         for request in drafts:
             self._take(request)
+        self._verified.update(drafts)
         return list(drafts)
 
     def _hand_out(self, request: Request) -> Request:
@@ -249,21 +321,21 @@ class Engine:
 
     def _take(self, request: Request) -> Request:
         choice = request.queue.popleft()
-        ends = self._at_limit(request, len(request.tokens) + 1)
-        self._accept(request, choice.token, choice.logprobs, ends, from_draft=choice.from_draft)
+        self._lifecycle.accept(request, choice, self._lifecycle.at_limit(request, len(request.tokens) + 1))
         return request
 
     def _begin(self, decode_step: DecodeStep) -> Launched | None:
         """Feed a chunk; the first tokens of the requests whose prompts it ends."""
-        work = self._plan([request for request in self._running if request.prefilled < len(request.prompt)])
+        self._lifecycle.advance()
+        work = self._scheduler.chunk()
         if not work:
             return None
-        ready, rows, fed = self._feed(work[:1] if self._alone else work)
+        ready, rows, fed = self._feed(work)
         if not ready:
             return None
         hidden, positions, _ = fed.at(rows)
         sampled = decode_step.begin([request.slot for request in ready], hidden, positions)
-        return Launched({request: self._at_limit(request, 1) for request in ready}, sampled)
+        return Launched({request: self._lifecycle.at_limit(request, 1) for request in ready}, sampled)
 
     def _launch(self, decode_step: DecodeStep) -> Launched | None:
         """One decode step of all that decode, but for those of which it is known that the step before ends them."""
@@ -271,126 +343,58 @@ class Engine:
         requests = [request for request in self._running if request.tokens and not before.get(request)]
         if not requests:
             return None
+        self._at_work = requests
         slots = [request.slot for request in requests]
         moved = {request.slot: request.tokens[-1] for request in requests if request in self._verified}
         if moved:
             decode_step.place(moved)
             self._verified.clear()
-        sampled = decode_step.run(slots)
+        # Grammars have to see the tokens of the step before: that is read while the model runs.
+        waits = self._launched is not None and self._constraints.any(slots)
+        if waits:
+            decode_step.forward(slots)
+        sampled = None if waits else decode_step.run(slots)
         for slot in slots:
             self.cache.lengths[slot] += 1
         counts = [len(request.tokens) + (request in before) + 1 for request in requests]
-        ends = [self._at_limit(request, count) for request, count in zip(requests, counts, strict=True)]
+        ends = [self._lifecycle.at_limit(request, count) for request, count in zip(requests, counts, strict=True)]
         return Launched(dict(zip(requests, ends, strict=True)), sampled)
 
     def _read(self, launched: Launched) -> list[Request]:
         """Hand out a step's tokens to those of its requests that still run."""
-        tokens, logprobs = launched.sampled.tokens(), launched.sampled.logprobs
+        assert launched.sampled is not None
+        self._at_work = list(launched.ends)
         running = []
-        for row, (request, ends) in enumerate(launched.ends.items()):
+        for (request, ends), choice in zip(launched.ends.items(), choices(launched.sampled.read()), strict=True):
             if request.finish_reason is None:
                 running.append(request)
-                self._accept(request, tokens[row], None if logprobs is None else logprobs[row], ends)
+                self._lifecycle.accept(request, choice, ends)
         return running
+
+    def _sample_launched(self) -> None:
+        """Launch the sampling of a step that had to wait for the tokens of the one before. They have been read."""
+        if self._decode_step is not None and self._launched is not None and self._launched.sampled is None:
+            ends, self._launched = self._launched.ends, None
+            self._at_work = list(ends)
+            self._constraints.update()
+            self._launched = Launched(ends, self._decode_step.sample([request.slot for request in ends]))
 
     def _feed(self, work: list[tuple[Request, int]]) -> tuple[list[Request], list[int], Fed]:
         """Give the model so many tokens of each request; those who then wait for a token, and their last rows."""
+        self._at_work = [request for request, _ in work]
         tokens = [token for request, count in work for token in request.pending[:count]]
         fed = self._prefill_step.run(tokens, [request.slot for request, _ in work], [count for _, count in work])
         ready, rows = [], []
         for (request, count), span in zip(work, fed.spans, strict=True):
             request.prefilled = min(request.prefilled + count, len(request.prompt))
+            if self._prefixes is not None and not request.tokens:
+                self._prefixes.fed(request)
             if request.prefilled == len(request.prompt):
                 ready.append(request)
                 rows.append(span.stop - 1)
         return ready, rows, fed
 
-    def _admit(self) -> None:
-        while self._waiting and self._free:
-            request, slot = self._waiting[0], self._free[0]
-            if not self.cache.reserve(slot, self._positions(request, slot)):
-                return  # until others leave: there is room for each of them alone
-            self._waiting.popleft()
-            self._free.popleft()
-            if request.prefix is not None:
-                self.cache.copy_slot(slot, request.prefix, 0)
-            self.sampler.set(slot, request.params, request.prompt)
-            if self._drafter is not None:
-                self._drafter.begin(slot, [*request.cached_tokens, *request.prompt])
-            request.slot = slot
-            self._running.append(request)
-
-    def _positions(self, request: Request, slot: int) -> int:
-        """All that a request may come to have in the cache."""
-        before = self.cache.lengths[slot] if request.prefix is None else request.prefix.lengths[0]
-        most, limit = request.params.max_tokens, self.cache.max_context
-        return limit if most < 0 else min(limit, before + len(request.prompt) + most)
-
-    def _plan(self, requests: Sequence[Request]) -> list[tuple[Request, int]]:
-        """How many tokens each of the requests feeds this step; prompts share a budget."""
-        work, budget = [], self.prefill_step_size
-        for request in requests:
-            decoding = request.prefilled == len(request.prompt)
-            count = 1 if decoding else min(len(request.pending), budget)
-            budget -= 0 if decoding or self._alone else count
-            if count:
-                work.append((request, count))
-        return work
-
     def _take_tokens(self, requests: list[Request], hidden: Tensor, positions: Tensor, slots: Tensor) -> None:
-        tokens, logprobs = self.sampler.sample(self.model.logits(hidden), slots, positions)
-        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
-            ends = self._at_limit(request, len(request.tokens) + 1)
-            self._accept(request, token, None if logprobs is None else logprobs[row], ends)
-
-    def _accept(
-        self, request: Request, token: int, logprobs: Tensor | None, ends: bool, *, from_draft: bool = False
-    ) -> None:
-        if token < 0:
-            place = first_nan_module(self.model, [*request.prompt, *request.tokens])
-            self._fail(request, f"the logits are not finite; the first bad values come out of {place}")
-            return
-        request.tokens.append(token)
-        request.from_draft = from_draft
-        if self._drafter is not None:
-            self._drafter.extend(request.slot, token)
-        request.logprobs = logprobs if request.params.logprobs else None
-        if token in self.eos_token_ids:
-            request.finish_reason = "stop"
-        elif ends:
-            request.finish_reason = "length"
-        if request.finish_reason is not None:
-            self._release(request)
-
-    def _at_limit(self, request: Request, tokens: int) -> bool:
-        """Whether a request that has so many tokens, the last of them not yet in the cache, can have no more."""
-        positions = self.cache.lengths[request.slot] + request.replay
-        return tokens == request.params.max_tokens or positions == self.cache.max_context
-
-    def _fail(self, request: Request, reason: str) -> None:
-        request.error, request.finish_reason = reason, "error"
-        self._release(request)
-
-    def _release(self, request: Request) -> None:
-        slot = request.slot
-        self._running.remove(request)
-        self.sampler.clear(slot)
-        self._verified.discard(request)
-        if self._drafter is not None:
-            self._drafter.end(slot)
-        if self._speculation is not None and request.queue:
-            self._speculation.take_back(request)
-            request.queue.clear()
-        self._free.append(slot)
-        continued = request.keep_cache or not self._owns_cache
-        fed = self._launched is not None and request in self._launched.ends
-        if continued and request.tokens and request.error is None and not fed:
-            # Whoever goes on from this cache expects the last token in it.
-            pending = request.pending[: self.cache.max_context - self.cache.lengths[slot]]
-            if pending:
-                self._prefill_step.run(pending, [slot], [len(pending)])
-        if request.keep_cache and request.error is None:
-            request.cache = self.model.make_cache(1, self.cache.max_context)
-            request.cache.copy_slot(0, self.cache, slot)
-        if self._owns_cache:
-            self.cache.release(slot)
+        draw = self.sampler.sample(self.model.logits(hidden), slots, positions)
+        for request, choice in zip(requests, choices(draw), strict=True):
+            self._lifecycle.accept(request, choice, self._lifecycle.at_limit(request, len(request.tokens) + 1))

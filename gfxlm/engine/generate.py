@@ -13,11 +13,12 @@ from gfxlm.engine.budget import remaining
 from gfxlm.engine.callbacks import LogitsProcessor, SamplerFunction, callbacks
 from gfxlm.engine.drafters import drafter_for, with_drafts
 from gfxlm.engine.engine import Engine
+from gfxlm.engine.grammar import Grammars
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import FinishReason, Request
 from gfxlm.engine.text import TextStream
 from gfxlm.engine.tokenizer import Tokenizer
-from gfxlm.errors import GenerationError, UserError
+from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.models.cache import KVOptions
 from gfxlm.nn.cache import Cache
@@ -91,6 +92,7 @@ def stream_generate(
     A `draft_model` of the same vocabulary guesses `num_draft_tokens` at a time, or what followed an earlier occurrence
     of the last tokens serves as a guess of `prompt_lookup_num_tokens`; the model then reads all of them at once, and
     the text stays the same. `cached_tokens`, those that a `prompt_cache` holds, make for better guesses.
+    A `grammar` among the `sampling` makes the text one that it describes; while it is used, there are no drafts.
     With `max_kv_size`, keys and values of a longer text's first 4 tokens and its newest ones are kept, so many in all;
     drafts do not go with that.
     Raises UserError for bad arguments, and where the prompt, or a context that `max_context` asks for, does not fit
@@ -121,6 +123,7 @@ def stream_generate(
         cache=prompt_cache,
         sampler=callbacks(sampler, logits_processors),
         drafter=drafter,
+        grammars=Grammars(tokenizer, lm.config.vocab_size) if params.grammar else None,
     )
     request = engine.add(tokens, params, cached_tokens=cached_tokens)
     try:
@@ -132,7 +135,7 @@ def stream_generate(
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
     """Say of an option of mlx-lm's that it is missing here, and of any other that it is unknown."""
-    known = {f.name for f in fields(SamplingParams)}
+    known = {f.name for f in fields(SamplingParams)} - {"logprobs", "top_logprobs"}  # mlx-lm's responses have all
     for name in options.keys() - known:
         if name in _MISSING:
             raise UserError(f"{name}: not supported yet")
@@ -163,8 +166,7 @@ def _responses(
             progress(request.prefilled, len(request.prompt))
         if not produced:
             continue
-        if request.error is not None:
-            raise GenerationError(request.error)
+        request.check()
         if len(request.tokens) == 1:
             first = time.perf_counter()
         token = request.tokens[-1]
@@ -290,6 +292,8 @@ def batch_generate(
     Raises GenerationError if any request fails.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    _refuse_unknown(sampling)
+    params = SamplingParams.from_generation_config(model.generation_config, **sampling, logprobs=return_logprobs)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     before = [0] * len(prompts) if prompt_caches is None else [cache.lengths[0] for cache in prompt_caches]
     if not prompts or len(limits) != len(prompts) or len(before) != len(prompts):
@@ -315,9 +319,8 @@ def batch_generate(
         prefill_step_size=prefill_step_size,
         sampler=callbacks(sampler, logits_processors),
         batch_invariant=batch_invariant,
+        grammars=Grammars(tokenizer, lm.config.vocab_size) if params.grammar else None,
     )
-    _refuse_unknown(sampling)
-    params = SamplingParams.from_generation_config(model.generation_config, **sampling, logprobs=return_logprobs)
     prefixes = [None] * len(prompts) if prompt_caches is None else prompt_caches
     requests = [
         engine.add(prompt, replace(params, max_tokens=limit), prefix=prefix, keep_cache=return_prompt_caches)
@@ -374,8 +377,7 @@ def _run_batch(engine: Engine, outputs: dict[Request, _Output], verbose: bool) -
 
 
 def _collect(engine: Engine, request: Request, output: _Output) -> None:
-    if request.error is not None:
-        raise GenerationError(request.error)
+    request.check()
     token = request.tokens[-1]
     text, stopped = output.stream.add(token, last=request.finish_reason is not None)
     output.text += text

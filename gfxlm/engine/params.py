@@ -3,10 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gfxlm.errors import UserError
 
+if TYPE_CHECKING:
+    from gfxlm.engine.grammar import Grammar
+
+MAX_TOP_LOGPROBS = 20
 _FROM_GENERATION_CONFIG = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -16,7 +20,9 @@ class SamplingParams:
 
     The names, defaults and meaning are mlx-lm's. Off is: `temperature` 0 (greedy, and no filter counts),
     `top_p` 0 or 1, `top_k` 0, `min_p` 0, `xtc_probability` 0, a penalty of None or 0. `max_tokens` -1 means
-    no limit. `seed` None draws one from torch's CPU generator. `logprobs` asks the sampler for them.
+    no limit. `seed` None draws one from torch's CPU generator. `logprobs` asks the sampler for all of them, on the
+    device; `top_logprobs` for the chosen token's and for those of so many of the likeliest ones, 0 to 20, on the host.
+    A `grammar` says what the text has to look like.
     """
 
     temperature: float = 0.0
@@ -38,6 +44,8 @@ class SamplingParams:
     max_tokens: int = 256
     stop: str | Sequence[str] = ()
     logprobs: bool = False
+    top_logprobs: int | None = None
+    grammar: "Grammar | None" = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0)
@@ -54,6 +62,8 @@ class SamplingParams:
             _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens != -1:
             _check_integer("max_tokens", self.max_tokens, 1)
+        if self.top_logprobs is not None:
+            _check_integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "xtc_special_tokens", tuple(self.xtc_special_tokens))
         for token in self.xtc_special_tokens:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gfxlm.engine.logprobs import Draw, likeliest
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.random import gumbel, uniform
 from gfxlm.errors import UserError
@@ -52,6 +53,13 @@ def penalise_presence(logits: Tensor, counts: Tensor, penalty: Tensor | float) -
 def penalise_frequency(logits: Tensor, counts: Tensor, penalty: Tensor | float) -> Tensor:
     """Subtract the penalty from each token as often as it has occurred."""
     return torch.where(counts > 0, logits - counts * penalty, logits)
+
+
+def ban(logits: Tensor, allowed: Tensor) -> Tensor:
+    """-inf for each token of the logits (R, V) whose bit in `allowed`, int32 (R, ceil(V / 32)), is 0."""
+    bits = 1 << torch.arange(32, dtype=torch.int32, device=logits.device)
+    banned = (allowed[:, :, None] & bits == 0).view(len(logits), -1)  # (R, 32 ceil(V / 32))
+    return logits.masked_fill(banned[:, : logits.shape[1]], -math.inf)
 
 
 # Filters: log probabilities (R, W) in descending order, with -inf put where a token is dropped. A parameter
@@ -111,6 +119,8 @@ class Features:
     xtc: bool = False
     top_k: bool = False
     logprobs: bool = False
+    top_logprobs: bool = False
+    grammar: bool = False
     width: int = 0
 
     @property
@@ -133,6 +143,8 @@ class Features:
             xtc=any(p.xtc_probability for p in sampling),
             top_k=any(p.top_k for p in sampling),
             logprobs=any(p.logprobs for p in params),
+            top_logprobs=any(p.top_logprobs is not None for p in params),
+            grammar=any(p.grammar for p in params),
             width=_filter_width(sampling, vocab_size),
         )
 
@@ -198,6 +210,7 @@ class Sampler:
         self._bias_tokens = torch.zeros(n_slots, MAX_BIASED_TOKENS, dtype=torch.int64, device=device)
         self._bias = torch.zeros(n_slots, MAX_BIASED_TOKENS, device=device)
         self._special_tokens = torch.full((n_slots, MAX_SPECIAL_TOKENS), -1, device=device)
+        self._allowed = torch.full((n_slots, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
         self._history = torch.full((n_slots, max_context), -1, device=device)  # a ring per slot
         self._length = torch.zeros(n_slots, dtype=torch.int64, device=device)  # tokens ever pushed
 
@@ -223,6 +236,8 @@ class Sampler:
             bias = params.logit_bias or {}
             _fill(self._bias_tokens[slot], list(bias))
             _fill(self._bias[slot], list(bias.values()))
+        if wanted.grammar or previous.grammar:
+            self._allowed[slot].fill_(-1)
         if wanted.xtc:
             _fill(self._special_tokens[slot], params.xtc_special_tokens, -1)
         if wanted.history:
@@ -234,15 +249,26 @@ class Sampler:
         """Take `slot` back from its request, and with it what only that request wanted."""
         self.set(slot, SamplingParams())
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def allow(self, slots: Sequence[int], masks: Tensor) -> None:
+        """Let only some tokens follow in slots whose requests have a grammar, from what is launched next on.
+
+        `masks` are int32 (len(slots), ceil(V / 32)) in host memory, bit i of word j for token 32 j + i. Waits for
+        nothing.
+        """
+        device, index = self._allowed.device, torch.tensor(slots)
+        if self._allowed.is_cuda:
+            index, masks = index.pin_memory(), masks.pin_memory()
+        self._allowed.index_copy_(0, index.to(device, non_blocking=True), masks.to(device, non_blocking=True))
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         """Choose one token a row, and remember it where a penalty needs that.
 
         `logits` are (R, V) of any float type. `slots`, int64 (R,), names a slot at most once, but for a
         scratch slot. `positions`, int64 (R,), key the random numbers: a request never repeats one.
 
-        Returns the tokens, int64 (R,), -1 for a row whose logits hold a NaN or have no finite maximum; and
-        the log probabilities after the logits processors and before the filters, fp32 (R, V), or None if no
-        slot wants them. Raises ValueError for logits of another vocabulary size.
+        The token is -1 for a row whose logits hold a NaN or have no finite maximum. Log probabilities, where a
+        slot wants them, are those after the logits processors, a grammar as the last one, and before the filters.
+        Raises ValueError for logits of another vocabulary size.
         """
         if logits.ndim != 2 or logits.shape[1] != self.vocab_size:
             raise ValueError(f"logits must be (rows, {self.vocab_size}), but are {tuple(logits.shape)}")
@@ -257,7 +283,8 @@ class Sampler:
             length = self._length[slots]
             self._history[slots, length % self.max_context] = tokens
             self._length[slots] = length + 1
-        return tokens, logprobs if on.logprobs else None
+        top = likeliest(logits, tokens) if on.top_logprobs else None
+        return Draw(tokens, logprobs if on.logprobs else None, top)
 
     def _choose(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens (R,), and the log probabilities (R, V) if they were needed."""
@@ -300,12 +327,16 @@ class Sampler:
         return row | {name: int64[:, i : i + 1] for i, name in enumerate(self._int64_names)}
 
     def _process(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """The logits with biases and penalties, in fp32 where there are any."""
+        """The logits with biases and penalties, in fp32 where there are any, and without what a grammar bans."""
         on = self.features
         if on.logit_bias:
             logits = add_logit_bias(logits.float(), self._bias_tokens[slots], self._bias[slots])
-        if not on.history:
-            return logits
+        if on.history:
+            logits = self._penalise(logits, slots)
+        return ban(logits, self._allowed[slots]) if on.grammar else logits
+
+    def _penalise(self, logits: Tensor, slots: Tensor) -> Tensor:
+        on = self.features
         logits, row = logits.float(), self._rows(slots)
         for kind, wanted, penalise in (
             ("repetition", on.repetition, penalise_repetition),

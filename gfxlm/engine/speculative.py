@@ -13,14 +13,14 @@ instead of a pass.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
-
-from torch import Tensor
 
 from gfxlm.engine.drafters import Drafter
 from gfxlm.engine.prefill import Fed, PrefillStep
-from gfxlm.engine.request import Choice, Request, TokenSampler
+from gfxlm.engine.request import Choice, Request, TokenSampler, choices
 from gfxlm.engine.snapshots import Snapshots
+from gfxlm.errors import UserError
 from gfxlm.kernels.batch import Span
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
@@ -69,12 +69,12 @@ class Speculation:
         slots = [request.slot for request in plan]
         rows = self._prefill_step.run([token for tokens in fed for token in tokens], slots, [len(x) for x in fed])
         sampled = self._one_by_one(rows, plan) if self._sampler.sequential else self._at_once(rows, plan)
-        for (request, drafts), choices in zip(plan.items(), sampled, strict=True):
-            request.queue.extend(choices)
-            self._count(request, len(drafts), sum(choice.from_draft for choice in choices))
+        for (request, drafts), found in zip(plan.items(), sampled, strict=True):
+            request.queue.extend(found)
+            self._count(request, len(drafts), sum(choice.from_draft for choice in found))
             request.replay = 0
             self._cache.lengths[request.slot] -= len(drafts)
-            if len(choices) <= len(drafts):
+            if len(found) <= len(drafts):
                 self.take_back(request)
 
     @staticmethod
@@ -96,6 +96,8 @@ class Speculation:
         """How many drafts a request may have: its context and the number of its tokens have limits."""
         if request.replay and len(request.pending) + self._drafter.num_tokens > self.rows(self._drafter):
             return 0  # without drafts, all is taken in for good
+        if request.params.grammar is not None:
+            return 0  # which tokens it allows behind a draft is not on the device
         room = self._cache.max_context - self._cache.lengths[request.slot] - len(request.pending)
         limit = request.params.max_tokens
         return room if limit < 0 else min(room, limit - len(request.tokens) - 1)
@@ -108,8 +110,8 @@ class Speculation:
         for drafts in plan.values():
             behind = [next(sampled) for _ in range(len(drafts) + 1)]
             pairs = zip(behind, drafts, strict=False)
-            right = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1], pairs))
-            found.append([Choice(token, scores, i < right) for i, (token, scores) in enumerate(behind[: right + 1])])
+            right = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
+            found.append([replace(choice, from_draft=i < right) for i, choice in enumerate(behind[: right + 1])])
         return found
 
     def _one_by_one(self, fed: Fed, plan: Mapping[Request, Sequence[int]]) -> list[list[Choice]]:
@@ -119,17 +121,27 @@ class Speculation:
         alive, depth = list(range(len(ways))), 0
         while alive:
             sampled = self._sample(fed, [ways[i][0][depth] for i in alive])
-            for i, (token, scores) in zip(alive, sampled, strict=True):
+            for i, choice in zip(alive, sampled, strict=True):
                 drafts = ways[i][1]
-                found[i].append(Choice(token, scores, depth < len(drafts) and token == drafts[depth]))
+                right = depth < len(drafts) and choice.token == drafts[depth]
+                found[i].append(replace(choice, from_draft=right))
             alive, depth = [i for i in alive if found[i][-1].from_draft], depth + 1
         return found
 
-    def _sample(self, fed: Fed, rows: Sequence[int]) -> list[tuple[int, Tensor | None]]:
-        """The tokens that follow some rows, and their log probabilities where they are wanted."""
+    def _sample(self, fed: Fed, rows: Sequence[int]) -> list[Choice]:
+        """What follows some rows, as if nothing had been drafted."""
         hidden, positions, slots = fed.at(rows)
-        tokens, logprobs = self._sampler.sample(self._model.logits(hidden), slots, positions)
-        return list(zip(tokens.tolist(), [None] * len(rows) if logprobs is None else logprobs, strict=True))
+        return choices(self._sampler.sample(self._model.logits(hidden), slots, positions))
+
+
+def check_drafts(cache: Cache, *, batch_invariant: bool) -> None:
+    """Raise UserError for what does not go together with drafts."""
+    if cache.ring is not None:
+        raise UserError(
+            "max_kv_size: a cache that forgets cannot take back a draft_model's or a prompt look-up's drafts"
+        )
+    if batch_invariant:
+        raise UserError("batch_invariant: passes over drafts have as many rows as there are drafts")
 
 
 def _drafted(span: Span, drafts: Sequence[int]) -> range:

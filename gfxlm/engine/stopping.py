@@ -14,17 +14,18 @@ class StopStrings:
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
-        self._stopped = False
+        self.stopped_by: str | None = None  # the stop string that was met
 
     def feed(self, segment: str) -> tuple[str, bool]:
         """Take the next segment; return the text that is safe to emit, and whether a stop string was met."""
-        if self._stopped:
+        if self.stopped_by is not None:
             return "", True
         text = self._held + segment
-        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
-            self._stopped, self._held = True, ""
-            return text[: min(found)[1]], True
+            _, start, self.stopped_by = min(found)
+            self._held = ""
+            return text[:start], True
         emit = len(text) - self._unsettled(text)
         self._held = text[emit:]
         return text[:emit], False

@@ -14,6 +14,11 @@ class TextStream:
         self._stops = StopStrings(stop)
         self._silent = tokenizer.eos_token_ids
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.stopped_by
+
     def add(self, token: int, *, last: bool) -> tuple[str, bool]:
         """The text that this token settles, and whether a stop string ended it. The `last` one settles all."""
         segment = "" if token in self._silent else self._detokenizer.add(token)

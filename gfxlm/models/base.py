@@ -54,7 +54,7 @@ class DecoderLayer(Module):
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache) -> Tensor:  # (N, hidden) -> (N, hidden)
         x = self.mixer(self.input_layernorm(x), context, cache, x)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        return self.mlp(self.post_attention_layernorm(x), x, context.slots)
 
 
 class Decoder(Module):
@@ -177,12 +177,14 @@ class CausalLM(Module):
         cache.lengths[:batch] = [offset + length for offset in offsets]
         return self.logits(hidden).view(batch, length, -1)
 
-    def make_cache(self, slots: int, max_context: int, *, pool_positions: int | None = None) -> Cache:
+    def make_cache(
+        self, slots: int, max_context: int, *, pool_positions: int | None = None, paged: bool = False
+    ) -> Cache:
         """Empty caches of fixed address for `slots` sequences of up to `max_context` positions.
 
         Where `pool_positions` are fewer than all of these, slots share them in pages, of which one is nobody's: a
         sequence has as much of the context as is reserved for it, and `Cache.max_context` is what one alone can have.
-        Else each slot has its own: that is the same memory, and addresses are simpler.
+        Else each slot has its own, unless they are to be `paged`: that is the same memory, and addresses are simpler.
         With a `max_kv_size` below that, keys and values have so many places, and longer texts go round in them.
         Raises UserError for more positions than a "dynamic" rotary embedding stays the same for.
         """
@@ -191,7 +193,7 @@ class CausalLM(Module):
             raise UserError(f"rope_scaling: type 'dynamic' is not supported beyond the {limit} positions of training")
         places = min(max_context, self.max_kv_size or max_context)
         pages = None
-        if pool_positions is not None and pool_positions < slots * places:
+        if pool_positions is not None and (paged or pool_positions < slots * places):
             size = page_size(self.device)
             count = max(2, pool_positions // size)
             if (count - 1) * size < places:

@@ -1,6 +1,6 @@
 """What a model remembers of its sequences: tensors of fixed address, one slot a sequence, written in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -218,6 +218,11 @@ class Cache:
         """How many positions' keys and values a slot can hold at a time."""
         return self.max_context if self.ring is None else self.ring.size
 
+    @property
+    def positions(self) -> int:
+        """Of how many positions all slots together can have keys and values."""
+        return len(self.lengths) * self.places if self.pages is None else (self.pages.count - 1) * self.pages.size
+
     def forgets(self, positions: int) -> bool:
         """Whether a text of so many positions has written over its older ones."""
         return positions > self.places
@@ -227,6 +232,15 @@ class Cache:
         """Bytes of all the tensors."""
         table = 0 if self.pages is None else self.pages.table.nbytes
         return table + sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+
+    def promise(self, slot: int, positions: int, shared: Sequence[int] = ()) -> bool:
+        """Let a slot have room for so many positions in all when it needs it, the first of them in `shared` pages.
+
+        False, and nothing is changed, where there is none.
+        """
+        if positions > self.max_context:
+            return False
+        return self.pages is None or self.pages.promise(slot, min(positions, self.places), shared)
 
     def reserve(self, slot: int, positions: int) -> bool:
         """Make room for so many positions in all; False, and nothing is changed, where there is none."""

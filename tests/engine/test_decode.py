@@ -10,6 +10,7 @@ from gfxlm.engine import decode
 from gfxlm.engine.decode import DecodeStep
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.load import load
+from gfxlm.engine.logprobs import Draw
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 from gfxlm.models.base import CausalLM
@@ -114,10 +115,10 @@ class ByKey:
 
     graph_key = ""
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         values = {"ones": 1.0, "twos": 2.0}
         value = values.get(self.graph_key)
-        return torch.zeros_like(slots), None if value is None else torch.full_like(logits, value)
+        return Draw(torch.zeros_like(slots), None if value is None else torch.full_like(logits, value))
 
 
 def test_log_probabilities_are_those_of_the_recording_that_ran(
@@ -129,5 +130,5 @@ def test_log_probabilities_are_those_of_the_recording_that_ran(
     step = DecodeStep(model, model.make_cache(1, 8), sampler, pool=object())
     for key, value in [("ones", 1), ("none", None), ("ones", 1), ("twos", 2), ("ones", 1), ("none", None)]:
         sampler.graph_key = key
-        logprobs = step.run([0]).logprobs
+        logprobs = step.run([0]).read().logprobs
         assert (None if logprobs is None else logprobs.unique().item()) == value

@@ -106,10 +106,12 @@ def test_other_errors_are_not_hidden(model: CausalLM, monkeypatch: pytest.Monkey
         raise RuntimeError("shapes do not match")
 
     engine = Engine(model, max_context=32)
-    engine.add([1], SamplingParams(max_tokens=1))
+    request = engine.add([1], SamplingParams(max_tokens=1))
     monkeypatch.setattr(model, "forward", broken)
+    finish(engine)
+    assert request.error == "RuntimeError: shapes do not match"
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        engine.step()
+        request.check()
 
 
 def test_a_cache_from_outside_keeps_its_length(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import gfxlm
 from gfxlm import Engine, SamplingParams
-from gfxlm.engine.generate import GenerationError, GenerationResponse
+from gfxlm.engine.generate import GenerationResponse
 from gfxlm.engine.tokenizer import Tokenizer
-from gfxlm.errors import UserError
+from gfxlm.errors import GenerationError, UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.models.cache import make_prompt_cache, trim_prompt_cache
 from tests.checkpoints import mlx_checkpoint

@@ -47,7 +47,7 @@ def draws(params: SamplingParams, logits: Tensor, n: int) -> np.ndarray:
     """How often each token is drawn from logits (V,) in n steps of one request."""
     sampler = Sampler(1, len(logits))
     sampler.set(0, params)
-    tokens, _ = sampler.sample(logits.expand(n, -1), torch.zeros(n, dtype=torch.int64), torch.arange(n))
+    tokens, _, _ = sampler.sample(logits.expand(n, -1), torch.zeros(n, dtype=torch.int64), torch.arange(n))
     return np.bincount(tokens.numpy(), minlength=len(logits))
 
 
@@ -208,7 +208,7 @@ class TestLogitsProcessors:
             logits = torch.randn(2, 16)
             expected = logits_of_mlx(settings, tokens, logits[:1])[0].astype(np.float64)
             expected -= np.log(np.exp(expected).sum())
-            chosen, logprobs = sampler.sample(logits, torch.tensor([1, 2]), torch.tensor([step, step]))
+            chosen, logprobs, _ = sampler.sample(logits, torch.tensor([1, 2]), torch.tensor([step, step]))
             np.testing.assert_allclose(logprobs[0].numpy(), expected, rtol=1e-5, atol=1e-6)
             assert chosen[0] == expected.argmax()
             tokens.append(int(chosen[0]))
@@ -217,7 +217,7 @@ class TestLogitsProcessors:
         sampler = Sampler(1, 4)
         sampler.set(0, SamplingParams(temperature=1.0, logit_bias={2: -math.inf}))
         logits = torch.tensor([[0.0, 0.0, 50.0, 0.0]]).expand(100, -1)
-        tokens, _ = sampler.sample(logits, torch.zeros(100, dtype=torch.int64), torch.arange(100))
+        tokens, _, _ = sampler.sample(logits, torch.zeros(100, dtype=torch.int64), torch.arange(100))
         assert set(tokens.tolist()) == {0, 1, 3}
 
 
@@ -226,11 +226,11 @@ class TestSampler:
         logits = torch.randn(5, V).to(torch.bfloat16)
         sampler = Sampler(5, V)
         slots, positions = torch.arange(5), torch.zeros(5, dtype=torch.int64)
-        tokens, logprobs = sampler.sample(logits, slots, positions)
+        tokens, logprobs, _ = sampler.sample(logits, slots, positions)
         assert tokens.tolist() == logits.argmax(1).tolist()
         assert logprobs is None
         sampler.set(3, SamplingParams(logprobs=True))
-        _, logprobs = sampler.sample(logits, slots, positions)
+        _, logprobs, _ = sampler.sample(logits, slots, positions)
         torch.testing.assert_close(logprobs.double(), torch.log_softmax(logits.double(), 1), rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize("params", [SamplingParams(), ALL], ids=["greedy", "all"])
@@ -246,10 +246,10 @@ class TestSampler:
         alone = [sampler.sample(logits[i : i + 1], torch.tensor([i]), torch.tensor([0]))[0] for i in (0, 4)]
         for slot in range(5):
             sampler.set(slot, params, [1, 2])
-        tokens, _ = sampler.sample(logits, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        tokens, _, _ = sampler.sample(logits, torch.arange(5), torch.zeros(5, dtype=torch.int64))
         assert tokens.tolist() == [alone[0], -1, -1, -1, alone[1]]
         # The -1 is in the histories now, and does no harm there.
-        tokens, _ = sampler.sample(torch.randn(5, V), torch.arange(5), torch.ones(5, dtype=torch.int64))
+        tokens, _, _ = sampler.sample(torch.randn(5, V), torch.arange(5), torch.ones(5, dtype=torch.int64))
         assert (tokens >= 0).all()
 
     @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ class TestSampler:
             tokens = []
             for step in range(30):
                 logits = torch.randn(1, V, generator=torch.Generator().manual_seed(step)).expand(len(slots), -1)
-                chosen, logprobs = sampler.sample(logits, torch.tensor(slots), torch.full((len(slots),), step))
+                chosen, logprobs, _ = sampler.sample(logits, torch.tensor(slots), torch.full((len(slots),), step))
                 tokens.append(int(chosen[slots.index(1)]))
             return tokens, None if logprobs is None else logprobs[slots.index(1)]
 
@@ -318,7 +318,7 @@ class TestSampler:
         sampler = Sampler(3, V, device="meta")
         sampler.set(1, ALL, [1, 2, 3])
         rows = torch.empty(3, dtype=torch.int64, device="meta")
-        tokens, logprobs = sampler.sample(torch.empty(3, V, device="meta"), rows, rows)
+        tokens, logprobs, _ = sampler.sample(torch.empty(3, V, device="meta"), rows, rows)
         assert tokens.shape == (3,)
         assert logprobs.shape == (3, V)
 
@@ -381,10 +381,10 @@ class TestSampler:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            tokens, logprobs = captured.sample(logits, slots, positions)
+            tokens, logprobs, _ = captured.sample(logits, slots, positions)
         for _ in range(30):
             logits.copy_(torch.randn(3, vocab_size))
-            expected_tokens, expected_logprobs = eager.sample(logits, slots, positions)
+            expected_tokens, expected_logprobs, _ = eager.sample(logits, slots, positions)
             graph.replay()
             assert torch.equal(tokens, expected_tokens)
             assert torch.equal(logprobs, expected_logprobs)

@@ -1,6 +1,6 @@
 """A decode step waits for nothing: neither for the whole device, nor for a copy. The host waits for tokens alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor
 from gfxlm.device.arch import named
 from gfxlm.engine.decode import DecodeStep
 from gfxlm.engine.engine import Engine
+from gfxlm.engine.grammar import Grammar
 from gfxlm.engine.load import load
+from gfxlm.engine.logprobs import Draw
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 from gfxlm.engine.sampler import Sampler
@@ -25,7 +27,23 @@ PARAMS = {
     "greedy": SamplingParams(temperature=0.0),
     "filtered": SamplingParams(temperature=0.7, top_p=0.9, top_k=20, min_p=0.05),
     "penalties": SamplingParams(temperature=1.0, repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1.0}),
+    "reported": SamplingParams(temperature=1.0, top_logprobs=5, grammar=Grammar("json_object")),
 }
+
+
+class Anything:
+    """A grammar of any text."""
+
+    error = None
+
+    def matcher(self, _: Grammar) -> "Anything":
+        return self
+
+    def accept(self, token: int) -> None:
+        pass
+
+    def masks(self, matchers: Sequence["Anything"]) -> Tensor:
+        return torch.full((len(matchers), 6144 // 32), -1, dtype=torch.int32)
 
 
 class WaitedError(AssertionError):
@@ -51,7 +69,7 @@ class Reading(Sampler):
         super().__init__(*args)
         self._way = way
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         if self._way == "synchronize":
             torch.cuda.synchronize()
         elif self._way == "nonzero":
@@ -118,7 +136,7 @@ def counted_event_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_an_engine_waits_for_tokens_alone(monkeypatch: pytest.MonkeyPatch, params: SamplingParams) -> None:
-    engine = Engine(load("builtin", device="cuda")[0], max_batch=SLOTS, max_context=128)
+    engine = Engine(load("builtin", device="cuda")[0], max_batch=SLOTS, max_context=128, grammars=Anything())
     requests = [start(engine, params, length) for length in (5, 17, 1)]
     while engine.prefilling or any(len(request.tokens) < 3 for request in requests):
         engine.step()

@@ -46,8 +46,8 @@ def record_routing(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Collect the experts that every sparse layer chooses, in order."""
     chosen: list[Tensor] = []
 
-    def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
-        experts, scores = gfxlm.ops.route(logits, top_k, normalize=normalize)
+    def route(logits: Tensor, top_k: int, *, normalize: bool, slots: Tensor) -> tuple[Tensor, Tensor]:
+        experts, scores = gfxlm.ops.route(logits, top_k, normalize=normalize, slots=slots)
         chosen.append(experts)
         return experts, scores
 
@@ -59,7 +59,7 @@ def force_routing(monkeypatch: pytest.MonkeyPatch, chosen: list[Tensor]) -> None
     """Make our routers and MLX's choose those experts again: a near-tie must not decide a comparison of arithmetic."""
     ours, theirs = iter(chosen), iter(chosen)
 
-    def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    def route(logits: Tensor, top_k: int, *, normalize: bool, slots: Tensor) -> tuple[Tensor, Tensor]:
         experts = next(ours)
         scores = torch.softmax(logits.float(), dim=-1).gather(-1, experts)
         return experts, scores / scores.sum(-1, keepdim=True) if normalize else scores
