@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from gfxlm import __version__
-from gfxlm.cli import bench, cache_prompt, chat, convert, doctor, generate, info, kernels, perplexity, tune, warmup
+from gfxlm.cli import (
+    bench,
+    bench_serve,
+    cache_prompt,
+    chat,
+    convert,
+    doctor,
+    generate,
+    info,
+    kernels,
+    perplexity,
+    serve,
+    tune,
+    warmup,
+)
 from gfxlm.errors import GenerationError, UserError
 
 
@@ -104,9 +118,9 @@ def gfxlm(
 for command in (
     generate.generate,
     chat.chat,
+    serve.serve,
     cache_prompt.cache_prompt,
     perplexity.perplexity,
-    bench.bench,
     info.info,
     convert.convert,
     doctor.doctor,
@@ -115,3 +129,8 @@ for command in (
     tune.tune,
 ):
     app.command()(command)
+
+benches = typer.Typer(invoke_without_command=True, context_settings=app.info.context_settings)
+benches.callback()(bench.bench)
+benches.command("serve")(bench_serve.bench_serve)
+app.add_typer(benches, name="bench")

@@ -46,6 +46,7 @@ class BenchModelOptions(ModelOptions):
 
 @grouped
 def bench(
+    context: typer.Context,
     model: BenchModelOptions,
     synthetic: Annotated[
         str | None,
@@ -87,6 +88,9 @@ def bench(
     was allocated on a GPU, and by how much that exceeds weights and caches. The speed of each length's first prompt,
     before any repetition, is told below the table, and is first_ts in the other forms.
     """
+    if context.invoked_subcommand is not None:
+        _check_no_options(context)
+        return
     shapes = [(p, 0) for p in _numbers("-p", prompt) if p] + [(0, n) for n in _numbers("-n", generated) if n]
     shapes += [_pair(text) for text in both or ()]
     depths = _numbers("-d", depth)
@@ -126,6 +130,16 @@ def bench(
             yield _row(checkpoint.folder.name, info, machine, result)
 
     printers.get(output, _markdown)(measured())
+
+
+def _check_no_options(context: typer.Context) -> None:
+    """UserError for options that stand before a sub-command, which would not hear of them."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"{parameter.opts[0]}: options of `bench {context.invoked_subcommand}` stand behind its name"
+            )
 
 
 def _open(options: BenchModelOptions, synthetic: str | None) -> "tuple[CausalLM, Checkpoint]":

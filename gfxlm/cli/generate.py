@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gfxlm.cli.options import (
+    GrammarOptions,
     KVCacheOptions,
     ModelOptions,
     PromptCacheOptions,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def generate(
     model: ModelOptions,
     sampling: SamplingOptions,
+    grammar: GrammarOptions,
     kv: KVCacheOptions,
     prompt_cache: PromptCacheOptions,
     speculation: SpeculationOptions,
@@ -51,7 +53,7 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose/--quiet", help="Print statistics on stderr at the end.")] = True,
 ) -> None:
     """Answer one prompt. The text goes to stdout as it comes, everything else to stderr."""
-    params = sampling.params(max_tokens)
+    params = sampling.params(max_tokens) | grammar.params()
     kv_params = kv.params()
     speculation.check(kv.max_kv_size)
     config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}

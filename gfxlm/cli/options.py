@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from gfxlm.cli.progress import progress_bar
+from gfxlm.cli.text import read_text
 from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,6 +233,40 @@ class SpeculationOptions:
         if any(theirs.get(token, number) != number for token, number in tokenizer.get_vocab().items()):
             raise UserError(f"--draft-model: {self.draft_model} has another tokenizer than {model.path}")
         return given | {"draft_model": lm}
+
+
+_GRAMMAR = {"rich_help_panel": "Structured output: the text has to look like this, from its first token on"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrammarOptions:
+    """What the answer has to look like; at most one of them."""
+
+    json_schema: Annotated[
+        str | None, typer.Option(help="JSON that this schema describes.", metavar="FILE|JSON", **_GRAMMAR)
+    ] = None
+    regex: Annotated[str | None, typer.Option(help="What this expression matches as a whole.", **_GRAMMAR)] = None
+    grammar: Annotated[
+        str | None, typer.Option(help="What this grammar, in llguidance's Lark, describes.", metavar="FILE", **_GRAMMAR)
+    ] = None
+
+    def params(self) -> dict[str, Any]:
+        """As a field of `SamplingParams`. Raises UserError for two at once and for a bad file, before any loading."""
+        from gfxlm.engine.grammar import Grammar
+
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in given)}: give one of them")
+        if self.json_schema is not None:
+            schema = self.json_schema
+            schema = schema if schema.lstrip().startswith("{") else read_text(schema)
+            json_object("--json-schema", schema)
+            return {"grammar": Grammar("json_schema", schema)}
+        if self.regex is not None:
+            return {"grammar": Grammar("regex", self.regex)}
+        if self.grammar is not None:
+            return {"grammar": Grammar("lark", read_text(self.grammar))}
+        return {}
 
 
 _CACHE = {"rich_help_panel": "Cache of keys and values"}

@@ -1,0 +1,81 @@
+"""Calls after [TOOL_CALLS]: a list of objects, or, in newer models, name[ARGS]{...} for each."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from gfxlm.server.incremental import Malformed, Source
+from gfxlm.server.tools.grammar import Symbol, any_of, json_of, literal, repeated
+from gfxlm.server.tools.json_call import Reading, json_call, streamed_object
+from gfxlm.server.tools.qwen import json_body
+from gfxlm.server.tools.tool import CallBegin, CallEnd, Parse, Tool, content, given_back
+
+_OPEN, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_NAME = re.compile(r"[\w.:/-]{1,256}\s*")
+
+
+class Mistral:
+    """Both forms are read; the chat template says which one the model writes: name[ARGS]{...}, or a list."""
+
+    name = "mistral"
+    trigger = _OPEN
+
+    def __init__(self, template: str) -> None:
+        self._headers, self._ids = _ARGUMENTS in template, _ID in template
+
+    def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
+        """Content and calls."""
+        called = False
+        while (yield from content(source, (_OPEN,))):
+            try:
+                yield from source.skip_space()
+                yield from source.expect(_OPEN)
+                yield from _calls(source)
+                called = True
+            except Malformed:
+                yield from given_back(source)
+        if not called:
+            source.position = len(source.text)
+            yield from given_back(source)
+
+    def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
+        """The rule `rest`: all that may follow the trigger."""
+        if self._headers:
+            between = f"({symbol(_ID)} /[a-zA-Z0-9]{{9}}/)? {symbol(_ARGUMENTS)}" if self._ids else symbol(_ARGUMENTS)
+            bodies = [f"{literal(tool.name)} {between} {json_of(tool.arguments())}" for tool in tools]
+            return repeated("rest", "body", symbol(_OPEN), parallel) + "\n" + any_of("body", bodies)
+        calls = repeated("calls", "body", literal(", "), parallel)
+        bodies = [json_body(tool, "arguments") for tool in tools]
+        return "\n".join((f"rest: {literal('[')} calls {literal(']')}", calls, any_of("body", bodies)))
+
+
+def _calls(source: Source) -> Reading:
+    first = yield from source.skip_space()
+    if first == "{":
+        yield from json_call(source)
+    elif first != "[":
+        yield from _headed_call(source)
+    else:
+        source.position += 1
+        if (yield from source.skip_space()) != "{":
+            raise Malformed
+        while (yield from source.skip_space(also=",")) == "{":
+            yield from json_call(source)
+        if (yield from source.starts_with("]")):
+            source.position += 1
+            source.commit()
+
+
+def _headed_call(source: Source) -> Reading:
+    name, tag = yield from source.until(_ID, _ARGUMENTS, "{")
+    if not _NAME.fullmatch(name):
+        raise Malformed
+    if tag == _ID:
+        yield from source.until(_ARGUMENTS)
+        tag = _ARGUMENTS
+    if tag == _ARGUMENTS:
+        source.position += len(_ARGUMENTS)
+    if (yield from source.skip_space()) != "{":
+        raise Malformed
+    yield CallBegin(name.strip())
+    yield from streamed_object(source)
+    yield CallEnd()
