@@ -158,9 +158,9 @@ def main() -> None:
     found, memory = run(seconds=seconds, clients=arguments.clients, exact=exact, options=options)
     for name, count in sorted(found.counts.items()):
         print(f"{count:7d}  {name}")
-    first, last = memory[len(memory) // 4], memory[-1]
+    tenths = [memory[(len(memory) - 1) * i // 10] / 2**20 for i in range(11)]
     print(f"{found.counts.total()} requests in {time.monotonic() - start:.0f} s, {found.parted} parted at a near tie")
-    print(f"memory {memory[0] / 2**20:.0f} MiB, after a quarter {first / 2**20:.0f}, at the end {last / 2**20:.0f}")
+    print(f"memory in MiB, at each tenth of the time: {' '.join(f'{size:.0f}' for size in tenths)}")
     for text, count in Counter(found.faults).most_common(20):
         print(f"FAULT ({count} times): {text}")
     sys.exit(bool(found.faults))

@@ -1,5 +1,7 @@
 """`gfxlm serve`: OpenAI's HTTP interface, for many users."""
 
+import os
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +19,6 @@ _HTTP = {"rich_help_panel": "HTTP"}
 _LIMITS = {"rich_help_panel": "Limits"}
 _DEFAULTS = {"rich_help_panel": "What a request gets that does not say (by default as the model's files say)"}
 
-
 _CACHED = "the prefix cache has what memory there is; --no-prefix-cache turns it off"
 _TEMPLATE = "the model's own template is used, and without one messages are joined as they are"
 _DRAFTS = "there is no speculative decoding for many users at a time; gfxlm generate and chat have it"
@@ -32,6 +33,8 @@ _INSTEAD = {
     "use_default_chat_template": _TEMPLATE,
     "pipeline": "a model runs on one device",
 }
+# As browsers send it: no path, not even a slash.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 _Hidden = Annotated[str | None, typer.Option(hidden=True)]
 _HiddenFlag = Annotated[bool, typer.Option(hidden=True)]
 
@@ -69,7 +72,6 @@ class ServedModels(ModelOptions):
         list[str] | None,
         typer.Option(help="What requests call it; once for each --model. Default: as given.", **MODEL_PANEL),
     ] = None
-
     synthetic: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +111,10 @@ class HttpOptions:
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.", **_HTTP)] = 8080
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="GFXLM_API_KEY", help="A key that requests must have; may be given again.", **_HTTP),
+        typer.Option(
+            help="A key that requests must have; may be given again. The environment's GFXLM_API_KEY counts, too.",
+            **_HTTP,
+        ),
     ] = None
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line.", metavar="FILE", **_HTTP)] = (
         None
@@ -130,8 +135,8 @@ class HttpOptions:
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests hold, too.", **_HTTP)] = False
 
     def keys(self) -> tuple[str, ...]:
-        """All keys. Raises UserError for a file that cannot be read, or holds none."""
-        keys = list(self.api_key or ())
+        """All keys, of all sources. Raises UserError for a file that cannot be read, or holds none."""
+        keys = [*(self.api_key or ()), *os.environ.get("GFXLM_API_KEY", "").split()]
         if self.api_key_file is not None:
             try:
                 lines = self.api_key_file.read_text().splitlines()
@@ -146,12 +151,20 @@ class HttpOptions:
         return tuple(keys)
 
     def check(self) -> None:
-        """Raise UserError for half of what TLS needs."""
+        """Raise UserError for half of what TLS needs, and for what is no origin."""
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise UserError("--ssl-keyfile and --ssl-certfile: TLS needs both")
         for option, file in (("--ssl-keyfile", self.ssl_keyfile), ("--ssl-certfile", self.ssl_certfile)):
             if file is not None and not file.is_file():
                 raise UserError(f"{option}: there is no file {file}")
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UserError(f"--allowed-origins: must be like https://host or http://host:port, but is {origin!r}")
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Pages of other origins that may ask."""
+        return tuple(origin.strip() for given in self.allowed_origins or () for origin in given.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +186,7 @@ class LimitOptions:
     ] = None
     max_body_size: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.", **_LIMITS)] = 16 << 20
     request_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that a request may take. Default: no limit.", **_LIMITS)
+        float | None, typer.Option(min=0, help="Seconds that a request may take. Default: no limit.", **_LIMITS)
     ] = None
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have at SIGTERM.", **_LIMITS)
@@ -246,7 +259,10 @@ def serve(
     defaults: DefaultOptions,
     foreign: ForeignOptions,
 ) -> None:
-    """Serve models over HTTP: OpenAI's routes and Anthropic's, a page to chat in, metrics. Ctrl-C ends it in order."""
+    """Serve models over HTTP: OpenAI's routes and Anthropic's, a page to chat in, metrics. Ctrl-C ends it in order.
+
+    The exit code is 1 if the engine has failed for good.
+    """
     foreign.check()
     http.check()
     if models.synthetic and (models.model or models.served_model_name):
@@ -257,7 +273,9 @@ def serve(
     if len(set(models.paths)) < len(models.paths) or len(set(names)) < len(names):
         raise UserError("--model, --served-model-name: the same one is given twice")
     if len(names) > len(models.paths):
-        raise UserError(f"--served-model-name: there are {len(names)}, but {len(models.paths)} models")
+        raise UserError(f"--served-model-name: there are {len(names)}, but {len(models.paths)} of --model")
+    if not all(names):
+        raise UserError("--served-model-name: is empty")
 
     from gfxlm.engine.load import open_checkpoint
     from gfxlm.models.cache import KVOptions
@@ -278,7 +296,7 @@ def serve(
     )
     residency = None if models.synthetic else opening.residency(models.paths)
     specs = [opening.synthetic(models.synthetic)] if models.synthetic else opening.specs(models.paths, names, residency)
-    run(
+    status = run(
         specs,
         settings,
         resident=1 if residency is None else len(specs),
@@ -289,15 +307,21 @@ def serve(
         log_level=http.log_level.value,
         log_format=http.log_format.value,
     )
+    raise typer.Exit(status)
 
 
 def _settings(http: HttpOptions, limits: LimitOptions, defaults: DefaultOptions) -> "Settings":
     from gfxlm.server.settings import Settings
+    from gfxlm.server.tools import named_format
 
+    if limits.request_timeout == 0:
+        raise UserError("--request-timeout: 0 s leave no time for any request; leave it out for no limit")
+    if defaults.tool_parser is not None:
+        named_format(defaults.tool_parser)  # what is not known is said before anything is loaded
     args = json_object("--chat-template-args", defaults.chat_template_args) if defaults.chat_template_args else {}
     return Settings(
         api_keys=http.keys(),
-        allowed_origins=tuple(origin for given in http.allowed_origins or () for origin in given.split(",")),
+        allowed_origins=http.origins,
         max_body_size=limits.max_body_size,
         max_concurrency=limits.max_concurrency,
         max_queue=limits.max_queue,

@@ -3,11 +3,21 @@
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 _DISABLED = "GFXLM_NO_GRAPH"
+
+
+class Pool:
+    """Memory that recordings share which never run at the same time."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew once every recording is reset: torch records into no pool that has lost all of its own."""
+        self.handle = torch.cuda.graph_pool_handle()
 
 
 class Graph:
@@ -18,7 +28,7 @@ class Graph:
     is recorded, because no kernel may be compiled meanwhile; what it is to work on then must be nothing.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device, *, pool: Pool | None = None) -> None:
         self._function: Callable[[], None] | None = function
         self._device = device
         self._pool = pool
@@ -28,12 +38,13 @@ class Graph:
         """Call the function once, record it, and replay that once. Only where there is a pool."""
         function = self._function
         assert function is not None
+        assert self._pool is not None
         with torch.cuda.device(self._device):
             function()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool.handle):
                     function()
             except RuntimeError as error:
                 torch.cuda.synchronize()
@@ -59,14 +70,14 @@ class Graph:
         self._recorded = self._function = None
 
 
-def shared_pool(device: torch.device) -> Any:
-    """A memory pool for graphs that never run at the same time, None where nothing is to be recorded."""
+def shared_pool(device: torch.device) -> Pool | None:
+    """A pool of its own, None where nothing is to be recorded."""
     if device.type != "cuda":
         return None
     if os.environ.get(_DISABLED):
         _warn(f"{_DISABLED} is set")
         return None
-    return torch.cuda.graph_pool_handle()
+    return Pool()
 
 
 def _warn(reason: str) -> None:

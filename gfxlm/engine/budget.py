@@ -216,22 +216,21 @@ def _outputs(layer: DecoderLayer) -> int:
 
 def make_cache(
     model: CausalLM,
-    slots: int,
+    budget: Budget,
     max_context: int,
     *,
     exact: bool = False,
-    prefill_step_size: int = 2048,
     saved_states: int | None = None,
 ) -> Cache:
-    """Caches for `slots` sequences of up to `max_context` positions, as far as there is memory.
+    """Caches for a budget's slots, of up to `max_context` positions each, as far as there is memory.
 
     Where it does not do for all of them at full length they share it in pages, and a context that is longer than what
     one alone can have is shortened, with a warning; an `exact` one is refused. They always do where prefixes are
     shared, beside which memory is left for `saved_states`.
     """
-    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
+    slots = budget.slots
     if saved_states is not None:
-        budget = replace(budget, workspace=budget.workspace + saved_states * budget.state)
+        budget = replace(budget, workspace=budget.workspace + saved_states * _state_bytes(model))
     context = budget.fit(max_context, least=LEAST_CONTEXT, exact=exact)
     positions, held = budget.positions, budget.held(context)
     if saved_states is not None and positions >= slots * held:
@@ -241,13 +240,18 @@ def make_cache(
     return model.make_cache(slots, context, pool_positions=positions, paged=saved_states is not None)
 
 
-def states_to_save(model: CausalLM, slots: int, prefill_step_size: int) -> int:
+def states_to_save(model: CausalLM, budget: Budget) -> int:
     """How many recurrent states a prefix cache may keep: some for every slot, in a part of the memory that is free."""
-    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
-    if not budget.state:
+    nbytes = _state_bytes(model)
+    if not nbytes:
         return 0
     free = max(0, budget.memory - budget.needed(0))
-    return min(max(_LEAST_STATES, _STATES_A_SLOT * slots), int(free * _STATES_SHARE) // budget.state)
+    return min(max(_LEAST_STATES, _STATES_A_SLOT * budget.slots), int(free * _STATES_SHARE) // nbytes)
+
+
+def _state_bytes(model: CausalLM) -> int:
+    """What a sequence's recurrent state takes; a budget's is more where there are drafts."""
+    return model.cache_bytes(model.dtype, model.kv_format)[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

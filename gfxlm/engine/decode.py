@@ -6,12 +6,12 @@ there and leaves both there, so that the next one can be launched before anybody
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gfxlm.device.graph import Graph
+from gfxlm.device.graph import Graph, Pool
 from gfxlm.engine.logprobs import Draw
 from gfxlm.kernels.batch import Span
 from gfxlm.models.base import CausalLM
@@ -68,7 +68,7 @@ class DecodeStep:
     """
 
     def __init__(
-        self, model: CausalLM, cache: Cache, sampler: StepSampler, pool: Any = None, *, one_size: bool = False
+        self, model: CausalLM, cache: Cache, sampler: StepSampler, pool: Pool | None = None, *, one_size: bool = False
     ) -> None:
         self._model, self._cache, self._sampler, self._pool = model, cache, sampler, pool
         self._one_size = one_size
@@ -86,6 +86,16 @@ class DecodeStep:
         if (key := self._sampler.graph_key) is not None:
             for bucket in self._buckets.values():
                 self._sampling(bucket, key)
+
+    def reset(self) -> None:
+        """Free what recordings take; what is needed again is recorded again. Not between `forward` and `sample`.
+
+        The device must be done with them.
+        """
+        for bucket in self._buckets.values():
+            for graph in (bucket.forward, bucket.head, *bucket.sampling.values()):
+                graph.reset()
+        self._buckets.clear()
 
     def begin(self, slots: Sequence[int], hidden: Tensor, positions: Tensor) -> Sampled:
         """Launch the sampling of the first tokens of these slots: hidden (R, D) and positions (R,) end their prompts.

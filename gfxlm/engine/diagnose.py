@@ -1,10 +1,11 @@
-"""Which part of a model went wrong."""
+"""Which part of a model went wrong, or whether the device has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gfxlm.engine.request import Request
 from gfxlm.models.base import CausalLM
 from gfxlm.ops.ragged import ragged
 
@@ -36,3 +37,10 @@ def first_nan_module(model: CausalLM, tokens: Sequence[int]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "no module on a second run"
+
+
+def check_device(requests: Iterable[Request], device: torch.device) -> None:
+    """Raise torch.AcceleratorError if one of these has failed because the device is lost to this process."""
+    for request in requests:
+        if isinstance(request.exception, torch.AcceleratorError):
+            torch.zeros(1, device=device).cpu()  # a lost one refuses even this

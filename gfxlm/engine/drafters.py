@@ -3,10 +3,11 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from gfxlm.device.graph import Pool
 from gfxlm.engine.budget import Budget, remaining
 from gfxlm.engine.decode import DecodeStep, Sampled
 from gfxlm.engine.logprobs import Draw
@@ -28,7 +29,7 @@ class Target:
     max_context: int
     sampler: TokenSampler
     most_rows: int
-    pool: Any = None
+    pool: Pool | None = None
 
 
 class Drafter(Protocol):
@@ -41,6 +42,9 @@ class Drafter(Protocol):
 
     def warm_up(self) -> None:
         """Record what will be replayed."""
+
+    def reset(self) -> None:
+        """Free what recordings take. The device must be done with them."""
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         """A request takes a slot; its text so far."""
@@ -81,6 +85,9 @@ class PromptLookup:
 
     def warm_up(self) -> None:
         """There is nothing to record."""
+
+    def reset(self) -> None:
+        """Nor to free."""
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         """Index a text, in time and memory linear in its length."""
@@ -158,6 +165,11 @@ class DraftModel:
         """Record its prompts' chunks and its decode steps."""
         self._prefill_step.warm_up()
         self._decode_step.warm_up()
+
+    def reset(self) -> None:
+        """Free what the recordings of both take."""
+        self._prefill_step.reset()
+        self._decode_step.reset()
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         """Keep the text until it is asked for."""
@@ -242,6 +254,12 @@ def with_drafts(budget: Budget, drafter: Drafter | None, *, prefill_step_size: i
         position=budget.position + own.position,
         quantized={bits: position + own.position for bits, position in budget.quantized.items()},
     )
+
+
+def remaining_with(drafter: Drafter | None, model: CausalLM, *, slots: int = 1, prefill_step_size: int) -> Budget:
+    """What `remaining` says of a model that is loaded, with drafts if there are to be any."""
+    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
+    return with_drafts(budget, drafter, prefill_step_size=prefill_step_size)
 
 
 def check_options(draft_model: bool, num_draft_tokens: int, prompt_lookup_num_tokens: int) -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from gfxlm.device.arch import architecture
+from gfxlm.device.ceilings import synchronize
 from gfxlm.device.graph import shared_pool
 from gfxlm.device.memory import empty_cache
 from gfxlm.device.threads import single_thread
-from gfxlm.engine.budget import make_cache, states_to_save
+from gfxlm.engine.budget import Budget, is_out_of_memory, make_cache, states_to_save
 from gfxlm.engine.decode import DecodeStep
-from gfxlm.engine.drafters import Drafter, Target
+from gfxlm.engine.drafters import Drafter, Target, remaining_with
 from gfxlm.engine.grammar import Constraints, GrammarSource
 from gfxlm.engine.lifecycle import Lifecycle
 from gfxlm.engine.params import SamplingParams
@@ -43,7 +44,8 @@ class Engine:
     `batch_invariant` makes a request's numbers, bit by bit, independent of what else runs: prompts are fed one by one,
     and decode steps always have a row for every slot, or else one request each.
     With a `prefix_cache`, keys and values stay until their room is needed: a prompt that begins like an earlier one is
-    fed only from there on (see `gfxlm.engine.prefix`).
+    fed only from there on (see `gfxlm.engine.prefix`). `budget` is what there is of memory, for so many slots and with
+    the drafter, if the caller has found out; the cache is made by it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Engine:
         prefix_cache: bool = False,
         max_waiting: int | None = None,
         grammars: GrammarSource | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if prefill_step_size < 1:
             raise UserError(f"prefill_step_size must be at least 1, but is {prefill_step_size}")
@@ -69,19 +72,17 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefill_step_size = prefill_step_size
         self._owns_cache = cache is None
-        states = states_to_save(model, max_batch, prefill_step_size) if prefix_cache else None
-        self.cache = cache or make_cache(
-            model,
-            max_batch,
-            max_context or model.config.max_position_embeddings,
-            exact=max_context is not None,
-            prefill_step_size=prefill_step_size,
-            saved_states=states,
-        )
+        states = None
+        if cache is None:
+            budget = budget or remaining_with(drafter, model, slots=max_batch, prefill_step_size=prefill_step_size)
+            states = states_to_save(model, budget) if prefix_cache else None
+            context, exact = max_context or model.config.max_position_embeddings, max_context is not None
+            cache = make_cache(model, budget, context, exact=exact, saved_states=states)
+        self.cache = cache
         self._prefixes = None
         if prefix_cache:
             step = prefill_step_size if batch_invariant else None
-            self._prefixes = prefixes_of(self.cache, own=cache is None, step=step, states=states or 0)
+            self._prefixes = prefixes_of(cache, own=self._owns_cache, step=step, states=states or 0)
         if drafter is not None:
             check_drafts(self.cache, batch_invariant=batch_invariant)
         # One slot more: rows that pad a batch are sampled there.
@@ -90,7 +91,7 @@ class Engine:
         self._constraints = Constraints(grammars, self.sampler)
         overlap = model.device.type != "cpu" if overlap is None else overlap
         # Only kernels leave rows of padding alone, which every recording has.
-        pool = shared_pool(model.device) if overlap and architecture(model.device).kernels else None
+        pool = self._pool = shared_pool(model.device) if overlap and architecture(model.device).kernels else None
         slots = len(self.cache.lengths)
         rows = max(prefill_step_size, slots * Speculation.rows(drafter) if drafter else 0)
         self._prefill_step = PrefillStep(
@@ -107,7 +108,6 @@ class Engine:
             one_by_one=batch_invariant,
         )
         self._one_by_one = batch_invariant
-        self._launched: Launched | None = None
         self._drafter = drafter
         self._speculation = None
         if drafter is not None:
@@ -121,14 +121,12 @@ class Engine:
             self._constraints,
             self._prefill_step,
             eos_token_ids=self.eos_token_ids,
-            fed_ahead=lambda request: self._launched is not None and request in self._launched.ends,
             owns_cache=self._owns_cache,
             prefixes=self._prefixes,
             drafter=drafter,
             speculation=self._speculation,
         )
         self._verified: set[Request] = set()  # of whose last tokens the decode step does not know
-        self._at_work: Sequence[Request] = ()  # whom to blame for what is raised
         self._small = model.device.type == "cpu" and model.weight_bytes < _SMALL_BYTES
 
     @property
@@ -244,23 +242,45 @@ class Engine:
         decode if it was theirs. Prompts that were fed together are fed again one by one, to see which one it was.
         """
         ended = self._lifecycle.end_late()
-        self._at_work = ()
+        self._lifecycle.at_work = ()
         self._lifecycle.served.clear()
         try:
             self._sample_launched()
             ended += self._lifecycle.admit()
             return [*ended, *self._step()]
         except Exception as error:
-            fault = self._lifecycle.fault(error)
+            fault, short = self._lifecycle.fault(error), is_out_of_memory(error)
         # Behind the exception, whose traceback holds what the step had allocated.
+        if short:
+            self._free_recordings()
         empty_cache(self.model.device)
-        return [*ended, *self._lifecycle.recover(self._at_work, fault)]
+        return [*ended, *self._lifecycle.recover(fault)]
+
+    @torch.inference_mode()
+    def close(self) -> None:
+        """End who waits or runs, and free what recordings take; a cache goes with the engine. Waits for the device."""
+        self._lifecycle.launched = None
+        for request in (*self._running, *self._scheduler.waiting):
+            self._lifecycle.fail(request, "the engine was closed")
+        self._free_recordings()
+
+    def _free_recordings(self) -> None:
+        """What is needed again is recorded again. Waits for the device."""
+        launched = self._lifecycle.launched
+        if launched is not None and launched.sampled is None:
+            return  # its logits lie among them
+        synchronize(self.model.device)
+        for recorded in (self._prefill_step, self._decode_step, self._drafter):
+            if recorded is not None:
+                recorded.reset()
+        if self._pool is not None:
+            self._pool.renew()
 
     def _step(self) -> list[Request]:
         self._scheduler.grow()
         self._constraints.update()
         if accepted := [request for request in self._running if request.queue]:
-            return [self._hand_out(request) for request in accepted]
+            return [self._lifecycle.go_on(request) for request in accepted]
         drafts = self._drafts()
         if self._decode_step is not None:
             return self._overlapped_step(self._decode_step, drafts)
@@ -284,45 +304,32 @@ class Engine:
     def _overlapped_step(self, decode_step: DecodeStep, drafts: dict[Request, Sequence[int]]) -> list[Request]:
         """Launch a chunk of the prompts that wait and the next decode step, then read the decode step before."""
         begun = self._begin(decode_step)
-        if drafts and self._launched is None:
-            return [*(self._read(begun) if begun else ()), *self._verify(drafts)]
-        current = self._launched or self._launch(decode_step)
+        if drafts and self._lifecycle.launched is None:
+            return [*(self._lifecycle.read(begun) if begun else ()), *self._verify(drafts)]
+        current = self._lifecycle.launched = self._lifecycle.launched or self._launch(decode_step)
         if current is not None:
-            self._launched = current
             # A sampler on the host has to see this step's tokens first, and who has drafts waits for them to be read.
-            self._launched = None if self.sampler.graph_key is None or drafts else self._launch(decode_step)
-        return [*(self._read(begun) if begun else ()), *(self._read(current) if current else ())]
+            ahead = self.sampler.graph_key is not None and not drafts
+            self._lifecycle.launched = self._launch(decode_step) if ahead else None
+        return [*(self._lifecycle.read(begun) if begun else ()), *(self._lifecycle.read(current) if current else ())]
 
     def _drafts(self) -> dict[Request, Sequence[int]]:
         """The drafts of all requests that decode, nothing where plain decoding is as good."""
         if self._speculation is None:
             return {}
-        self._at_work = [request for request in self._running if request.tokens]
-        return self._speculation.plan(self._at_work)
+        self._lifecycle.at_work = [request for request in self._running if request.tokens]
+        return self._speculation.plan(self._lifecycle.at_work)
 
     def _verify(self, drafts: dict[Request, Sequence[int]]) -> list[Request]:
         """Run the model over last tokens and drafts, and hand out the first token of what it has accepted."""
         if self._speculation is None or not drafts:
             return []
-        self._at_work = list(drafts)
+        self._lifecycle.at_work = list(drafts)
         self._speculation.verify(drafts)
         for request in drafts:
-            self._take(request)
+            self._lifecycle.take(request)
         self._verified.update(drafts)
         return list(drafts)
-
-    def _hand_out(self, request: Request) -> Request:
-        """Go on by a token that the model has seen already, as a draft."""
-        if request.replay:
-            request.replay += 1
-        else:
-            self.cache.lengths[request.slot] += 1
-        return self._take(request)
-
-    def _take(self, request: Request) -> Request:
-        choice = request.queue.popleft()
-        self._lifecycle.accept(request, choice, self._lifecycle.at_limit(request, len(request.tokens) + 1))
-        return request
 
     def _begin(self, decode_step: DecodeStep) -> Launched | None:
         """Feed a chunk; the first tokens of the requests whose prompts it ends."""
@@ -339,18 +346,19 @@ class Engine:
 
     def _launch(self, decode_step: DecodeStep) -> Launched | None:
         """One decode step of all that decode, but for those of which it is known that the step before ends them."""
-        before = self._launched.ends if self._launched else {}
+        under_way = self._lifecycle.launched
+        before = under_way.ends if under_way else {}
         requests = [request for request in self._running if request.tokens and not before.get(request)]
         if not requests:
             return None
-        self._at_work = requests
+        self._lifecycle.at_work = requests
         slots = [request.slot for request in requests]
         moved = {request.slot: request.tokens[-1] for request in requests if request in self._verified}
         if moved:
             decode_step.place(moved)
             self._verified.clear()
         # Grammars have to see the tokens of the step before: that is read while the model runs.
-        waits = self._launched is not None and self._constraints.any(slots)
+        waits = under_way is not None and self._constraints.any(slots)
         if waits:
             decode_step.forward(slots)
         sampled = None if waits else decode_step.run(slots)
@@ -360,28 +368,18 @@ class Engine:
         ends = [self._lifecycle.at_limit(request, count) for request, count in zip(requests, counts, strict=True)]
         return Launched(dict(zip(requests, ends, strict=True)), sampled)
 
-    def _read(self, launched: Launched) -> list[Request]:
-        """Hand out a step's tokens to those of its requests that still run."""
-        assert launched.sampled is not None
-        self._at_work = list(launched.ends)
-        running = []
-        for (request, ends), choice in zip(launched.ends.items(), choices(launched.sampled.read()), strict=True):
-            if request.finish_reason is None:
-                running.append(request)
-                self._lifecycle.accept(request, choice, ends)
-        return running
-
     def _sample_launched(self) -> None:
         """Launch the sampling of a step that had to wait for the tokens of the one before. They have been read."""
-        if self._decode_step is not None and self._launched is not None and self._launched.sampled is None:
-            ends, self._launched = self._launched.ends, None
-            self._at_work = list(ends)
+        launched = self._lifecycle.launched
+        if self._decode_step is not None and launched is not None and launched.sampled is None:
+            self._lifecycle.launched, self._lifecycle.at_work = None, list(launched.ends)
             self._constraints.update()
-            self._launched = Launched(ends, self._decode_step.sample([request.slot for request in ends]))
+            sampled = self._decode_step.sample([request.slot for request in launched.ends])
+            self._lifecycle.launched = Launched(launched.ends, sampled)
 
     def _feed(self, work: list[tuple[Request, int]]) -> tuple[list[Request], list[int], Fed]:
         """Give the model so many tokens of each request; those who then wait for a token, and their last rows."""
-        self._at_work = [request for request, _ in work]
+        self._lifecycle.at_work = [request for request, _ in work]
         tokens = [token for request, count in work for token in request.pending[:count]]
         fed = self._prefill_step.run(tokens, [request.slot for request, _ in work], [count for _, count in work])
         ready, rows = [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 from gfxlm.device.memory import peak_bytes
 from gfxlm.engine.budget import remaining
 from gfxlm.engine.callbacks import LogitsProcessor, SamplerFunction, callbacks
-from gfxlm.engine.drafters import drafter_for, with_drafts
+from gfxlm.engine.drafters import drafter_for, remaining_with
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.grammar import Grammars
 from gfxlm.engine.params import SamplingParams
@@ -109,11 +109,11 @@ def stream_generate(
     cached = 0 if prompt_cache is None else prompt_cache.lengths[0]
     context = context_for(model, [cached + len(tokens)], [max_tokens], max_context)
     lm = kv.model_for(model, context)
+    budget = None
     if prompt_cache is not None:
         kv.prepare(prompt_cache, model, min(context, prompt_cache.max_context))
     else:
-        budget = remaining(lm, prefill_step_size=prefill_step_size)
-        budget = with_drafts(budget, drafter, prefill_step_size=prefill_step_size)
+        budget = remaining_with(drafter, lm, prefill_step_size=prefill_step_size)
         context = budget.fit(context, least=len(tokens) + 1, exact=max_context is not None)
     engine = Engine(
         lm,
@@ -123,6 +123,7 @@ def stream_generate(
         cache=prompt_cache,
         sampler=callbacks(sampler, logits_processors),
         drafter=drafter,
+        budget=budget,
         grammars=Grammars(tokenizer, lm.config.vocab_size) if params.grammar else None,
     )
     request = engine.add(tokens, params, cached_tokens=cached_tokens)
@@ -319,6 +320,7 @@ def batch_generate(
         prefill_step_size=prefill_step_size,
         sampler=callbacks(sampler, logits_processors),
         batch_invariant=batch_invariant,
+        budget=budget,
         grammars=Grammars(tokenizer, lm.config.vocab_size) if params.grammar else None,
     )
     prefixes = [None] * len(prompts) if prompt_caches is None else prompt_caches

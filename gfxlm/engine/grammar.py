@@ -8,6 +8,7 @@ import copy
 import json
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 _COMPILED = 64  # grammars that are kept
+# So many masks take a quarter of a millisecond in one thread; others may not be awake by then.
+_FEW = 8
 _LONGEST = 400  # characters of an error, which may repeat the grammar
 # Between the parts of JSON: a line break and an indentation. Without a bound, a weak model may never end one.
 _WHITESPACE = r"\r?\n?( {0,40}|\t{0,10})"
@@ -109,16 +112,17 @@ class Grammars:
         return TokenMatcher(self._compiled(replace(grammar, after=None)).deep_copy(), grammar.after)
 
     def masks(self, matchers: Sequence[TokenMatcher]) -> Tensor:
-        """The bits of the tokens that may follow, int32 (len(matchers), ceil(V / 32)), found by several threads.
+        """The bits of the tokens that may follow, int32 (len(matchers), ceil(V / 32)), many found by several threads.
 
         None where a grammar cannot go on, which then has an `error`; end-of-text tokens where a text may end, or must.
         """
         rows = torch.zeros(len(matchers), _words(self._all_tokens), dtype=torch.int32)
         bound = [(matcher.inner, row) for row, matcher in enumerate(matchers) if not matcher.free]
         prepared = self._prepare()
-        if len(bound) == 1:  # several threads take a while to wake
-            bound[0][0].unsafe_compute_mask_ptr(rows[bound[0][1]].data_ptr(), rows[0].nbytes)
-        elif bound:
+        if len(bound) <= _FEW:
+            for inner, row in bound:
+                inner.unsafe_compute_mask_ptr(rows[row].data_ptr(), rows[row].nbytes)
+        else:
             prepared.threads.unsafe_compute_mask_ptr(bound, rows.data_ptr(), rows[0].nbytes, len(rows))
         for row, matcher in zip(rows, matchers, strict=True):
             if matcher.free:
@@ -180,6 +184,10 @@ class MaskedSampler(Protocol):
     def allow(self, slots: Sequence[int], masks: Tensor) -> None: ...
 
 
+class _NoMaskError(Exception):
+    """Whoever finds masks has raised something."""
+
+
 class Constraints:
     """The grammars of the requests that run in an engine, by slot, and their masks in its sampler."""
 
@@ -188,6 +196,7 @@ class Constraints:
         self._sampler: MaskedSampler | None = sampler if isinstance(sampler, MaskedSampler) else None
         self._matchers: dict[int, Matcher] = {}
         self._changed: set[int] = set()  # slots whose masks are out of date
+        self._failed: dict[int, str] = {}  # what was raised instead of a mask
 
     def check(self, grammar: Grammar | None) -> None:
         """Raise UserError for a grammar that cannot be used here."""
@@ -214,6 +223,7 @@ class Constraints:
     def end(self, slot: int) -> None:
         """It is over."""
         self._matchers.pop(slot, None)
+        self._failed.pop(slot, None)
         self._changed.discard(slot)
 
     def any(self, slots: Collection[int]) -> bool:
@@ -221,16 +231,34 @@ class Constraints:
         return any(slot in self._matchers for slot in slots)
 
     def update(self) -> None:
-        """Bring the masks of all slots up to date, before whatever is launched next. Waits for nothing."""
-        if self._changed and self._source is not None and self._sampler is not None:
-            slots = sorted(self._changed)
-            self._sampler.allow(slots, self._source.masks([self._matchers[slot] for slot in slots]))
-            self._changed.clear()
+        """Bring the masks of all slots up to date, before whatever is launched next. Waits for nothing.
+
+        Where one cannot be found, its slot has an `error`, and keeps the mask that it had.
+        """
+        if not self._changed or self._source is None or self._sampler is None:
+            return
+        slots = sorted(self._changed)
+        try:
+            self._sampler.allow(slots, self._masks(self._source, slots))
+        except _NoMaskError:
+            for slot in slots:  # to see whose it was
+                with suppress(_NoMaskError):
+                    self._sampler.allow([slot], self._masks(self._source, [slot]))
+        self._changed.clear()
+
+    def _masks(self, source: GrammarSource, slots: Sequence[int]) -> Tensor:
+        try:
+            return source.masks([self._matchers[slot] for slot in slots])
+        except Exception as error:
+            if len(slots) == 1:
+                self._failed[slots[0]] = f"{type(error).__name__}: {error}"
+            raise _NoMaskError from error
 
     def error(self, slot: int) -> str | None:
         """Why a request's grammar cannot go on, None if it can."""
         matcher = self._matchers.get(slot)
-        return None if matcher is None or matcher.error is None else f"the grammar cannot go on: {matcher.error}"
+        reason = self._failed.get(slot) or (matcher.error if matcher else None)
+        return f"the grammar cannot go on: {reason}" if reason else None
 
 
 def _llguidances(tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> "LLTokenizer":

@@ -1,6 +1,6 @@
 """A request's time in a slot: what it finds there, and what it leaves behind."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from gfxlm.engine.budget import explain_out_of_memory, is_out_of_memory
@@ -10,7 +10,7 @@ from gfxlm.engine.grammar import Constraints
 from gfxlm.engine.logprobs import token_logprob
 from gfxlm.engine.prefill import PrefillStep
 from gfxlm.engine.prefix import Prefixes
-from gfxlm.engine.request import Choice, Request, TokenSampler
+from gfxlm.engine.request import Choice, Launched, Request, TokenSampler, choices
 from gfxlm.engine.scheduler import Scheduler
 from gfxlm.engine.speculative import Speculation
 from gfxlm.models.base import CausalLM
@@ -35,7 +35,6 @@ class Lifecycle:
         prefill_step: PrefillStep,
         *,
         eos_token_ids: Collection[int],
-        fed_ahead: Callable[[Request], bool],
         owns_cache: bool,
         prefixes: Prefixes | None = None,
         drafter: Drafter | None = None,
@@ -46,7 +45,8 @@ class Lifecycle:
         self._prefill_step, self._prefixes = prefill_step, prefixes
         self._drafter, self._speculation = drafter, speculation
         self._eos_token_ids = eos_token_ids
-        self._fed_ahead = fed_ahead  # whether a step under way gives the model a request's last token
+        self.launched: Launched | None = None  # the step under way, which gives the model its requests' last tokens
+        self.at_work: Sequence[Request] = ()  # whom to blame for what is raised
         self.served: list[Request] = []  # to whom something was handed in this step
         self._clearing: dict[int, ExitStack] = {}  # by slot, what is to be cleared, whatever else may fail
 
@@ -71,6 +71,31 @@ class Lifecycle:
         self.served.append(request)
         with self.own_work(request):
             self._accept(request, choice, ends)
+
+    def read(self, launched: Launched) -> list[Request]:
+        """Hand out a step's tokens to those of its requests that still run."""
+        assert launched.sampled is not None
+        self.at_work = list(launched.ends)
+        running = []
+        for (request, ends), choice in zip(launched.ends.items(), choices(launched.sampled.read()), strict=True):
+            if request.finish_reason is None:
+                running.append(request)
+                self.accept(request, choice, ends)
+        return running
+
+    def go_on(self, request: Request) -> Request:
+        """Let a request go on by a token that the model has seen already, as a draft."""
+        if request.replay:
+            request.replay += 1
+        else:
+            self._cache.lengths[request.slot] += 1
+        self.take(request)
+        return request
+
+    def take(self, request: Request) -> None:
+        """Hand a request the next token of its queue."""
+        choice = request.queue.popleft()
+        self.accept(request, choice, self.at_limit(request, len(request.tokens) + 1))
 
     def at_limit(self, request: Request, tokens: int) -> bool:
         """Whether a request that has so many tokens, the last of them not yet in the cache, can have no more."""
@@ -113,14 +138,14 @@ class Lifecycle:
             return explain_out_of_memory(error, self._model, self._cache), None
         return f"{type(error).__name__}: {error}", error
 
-    def recover(self, at_work: Sequence[Request], fault: Fault) -> list[Request]:
+    def recover(self, fault: Fault) -> list[Request]:
         """After a step that raised, end those it was for; those of whom not all is known any more begin again.
 
         Prompts that were fed together are fed again one by one, to see which one it was. Returns whom the step was of
         use to before, and who has failed.
         """
         running = self._scheduler.running
-        at_work = [request for request in at_work if request in running]
+        at_work = [request for request in self.at_work if request in running]
         together = [request for request in at_work if not (request.tokens or request.alone)]
         if len(at_work) < 2 or not self._owns_cache:
             together = []
@@ -158,7 +183,7 @@ class Lifecycle:
 
     def _accept(self, request: Request, choice: Choice, ends: bool) -> None:
         token, params = choice.token, request.params
-        if token < 0 and (reason := self._constraints.error(request.slot)) is not None:
+        if (reason := self._constraints.error(request.slot)) is not None:
             self.fail(request, reason)
             return
         if token < 0:
@@ -194,7 +219,7 @@ class Lifecycle:
         """Leave the cache as whoever goes on from it expects it: with the last token in it."""
         slot, limit = request.slot, self._cache.max_context
         continued = request.keep_cache or not self._owns_cache
-        if continued and request.tokens and not self._fed_ahead(request):
+        if continued and request.tokens and not self._ahead(request):
             pending = request.pending[: limit - self._cache.lengths[slot]]
             if pending and self._cache.reserve(slot, self._cache.lengths[slot] + len(pending)):
                 self._prefill_step.run(pending, [slot], [len(pending)])
@@ -203,6 +228,9 @@ class Lifecycle:
             request.cache.copy_slot(0, self._cache, slot)
         if self._prefixes is not None:
             self._prefixes.leave(request)
+
+    def _ahead(self, request: Request) -> bool:
+        return self.launched is not None and request in self.launched.ends
 
     def _leave(self, request: Request) -> None:
         self._scheduler.leave(request)

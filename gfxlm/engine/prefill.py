@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gfxlm.device.graph import Graph
+from gfxlm.device.graph import Graph, Pool
 from gfxlm.device.mailbox import Mailbox
 from gfxlm.kernels.batch import RefilledBatch, Span
 from gfxlm.models.base import CausalLM
@@ -78,7 +77,7 @@ class PrefillStep:
         model: CausalLM,
         cache: Cache,
         most_rows: int,
-        pool: Any = None,
+        pool: Pool | None = None,
         *,
         small: bool = False,
         always_recorded: bool = False,
@@ -99,6 +98,13 @@ class PrefillStep:
             sizes = {bucket_rows(rows, small=self._small) for rows in range(1, self._most + 1)}
             for size in sorted(sizes, reverse=True):
                 self._recorded(size)
+
+    def reset(self) -> None:
+        """Free what recordings take; what is needed again is recorded again. The device must be done with them."""
+        for _, graph in self._buckets.values():
+            graph.reset()
+        self._buckets.clear()
+        self._seen.clear()
 
     def run(self, tokens: Sequence[int], slots: Sequence[int], counts: Sequence[int]) -> Fed:
         """Feed the next `counts[i]` of the tokens to `slots[i]`, and count them as cached. Waits for nothing.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gfxlm.engine.logprobs import Draw, likeliest
+from gfxlm.engine.masks import TokenMasks
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.random import gumbel, uniform
 from gfxlm.errors import UserError
@@ -210,7 +211,7 @@ class Sampler:
         self._bias_tokens = torch.zeros(n_slots, MAX_BIASED_TOKENS, dtype=torch.int64, device=device)
         self._bias = torch.zeros(n_slots, MAX_BIASED_TOKENS, device=device)
         self._special_tokens = torch.full((n_slots, MAX_SPECIAL_TOKENS), -1, device=device)
-        self._allowed = torch.full((n_slots, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self._allowed = TokenMasks(n_slots, vocab_size, device)
         self._history = torch.full((n_slots, max_context), -1, device=device)  # a ring per slot
         self._length = torch.zeros(n_slots, dtype=torch.int64, device=device)  # tokens ever pushed
 
@@ -237,7 +238,7 @@ class Sampler:
             _fill(self._bias_tokens[slot], list(bias))
             _fill(self._bias[slot], list(bias.values()))
         if wanted.grammar or previous.grammar:
-            self._allowed[slot].fill_(-1)
+            self._allowed.clear(slot)
         if wanted.xtc:
             _fill(self._special_tokens[slot], params.xtc_special_tokens, -1)
         if wanted.history:
@@ -255,10 +256,7 @@ class Sampler:
         `masks` are int32 (len(slots), ceil(V / 32)) in host memory, bit i of word j for token 32 j + i. Waits for
         nothing.
         """
-        device, index = self._allowed.device, torch.tensor(slots)
-        if self._allowed.is_cuda:
-            index, masks = index.pin_memory(), masks.pin_memory()
-        self._allowed.index_copy_(0, index.to(device, non_blocking=True), masks.to(device, non_blocking=True))
+        self._allowed.write(slots, masks)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Draw:
         """Choose one token a row, and remember it where a penalty needs that.
@@ -333,7 +331,7 @@ class Sampler:
             logits = add_logit_bias(logits.float(), self._bias_tokens[slots], self._bias[slots])
         if on.history:
             logits = self._penalise(logits, slots)
-        return ban(logits, self._allowed[slots]) if on.grammar else logits
+        return ban(logits, self._allowed.bits[slots]) if on.grammar else logits
 
     def _penalise(self, logits: Tensor, slots: Tensor) -> Tensor:
         on = self.features

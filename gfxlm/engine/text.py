@@ -7,9 +7,13 @@ from gfxlm.engine.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Tokens in, text out: whole characters, nothing that may yet become a stop string, no end-of-text token."""
+    """Tokens in, text out: whole characters, nothing that may yet become a stop string, no end-of-text token.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    In the text of the first `min_tokens` tokens stop strings are text like any other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
+        self._unstoppable = min_tokens
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopStrings(stop)
         self._silent = tokenizer.eos_token_ids
@@ -24,5 +28,8 @@ class TextStream:
         segment = "" if token in self._silent else self._detokenizer.add(token)
         if last:
             segment += self._detokenizer.finish()
+        if self._unstoppable:
+            self._unstoppable -= 1
+            return segment, False
         text, stopped = self._stops.feed(segment)
         return (text + self._stops.flush(), False) if last and not stopped else (text, stopped)

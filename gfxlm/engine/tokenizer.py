@@ -9,7 +9,7 @@ from gfxlm.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_THINK_TAGS = (
+THINK_TAGS = (
     ("<think>", "</think>"),
     ("<longcat_think>", "</longcat_think>"),
     ("<|think:start|>", "<|think:end|>"),
@@ -29,7 +29,7 @@ class Tokenizer:
         if tokenizer.eos_token_id is not None:
             self.eos_token_ids.add(tokenizer.eos_token_id)
         vocabulary = tokenizer.get_vocab()
-        self.has_thinking = any(start in vocabulary and end in vocabulary for start, end in _THINK_TAGS)
+        self.has_thinking = any(start in vocabulary and end in vocabulary for start, end in THINK_TAGS)
 
     def __getattr__(self, name: str) -> Any:
         # Private names are not passed on: copy and pickle ask for some before __init__ has run.

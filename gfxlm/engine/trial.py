@@ -38,7 +38,7 @@ _THROWS, _THROWN = 4, 256  # times, and outputs of a row in all, that rounding i
 _POSITIONS = 64
 _FP32 = 2.0**-21  # of results in fp32, after some steps
 DRAWS, VOCABULARY = 3072, 1500
-PAGED = 512
+PAGED = 512  # positions of a cache in pages
 _SIGMAS = 5.0
 
 

@@ -1,6 +1,6 @@
 """The application: routes, what stands before them, and errors in the clients' own form."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -59,7 +59,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> FastAPI:
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "Warning", "Retry-After"],
+            expose_headers=["x-request-id", "request-id", "Warning", "Retry-After"],
         )
     app.add_middleware(RequestLog, bodies=settings.log_prompts)
     return app
@@ -107,6 +107,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     message = {
         HTTPStatus.NOT_FOUND: f"there is no {path}",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{path} does not take {request.method}",
+        # Too deep, a number too long, or not UTF-8.
+        HTTPStatus.BAD_REQUEST: f"the body is not valid JSON: {str(error.__cause__ or error.detail).split(';')[0]}",
     }.get(HTTPStatus(status), str(error.detail))
     return _response(request, ApiError(status, message, headers=error.headers))
 
@@ -124,14 +126,28 @@ def explained(error: RequestValidationError) -> ApiError:
     """What is wrong with the first bad field of a body, in one line; `param` names the field."""
     found: list[dict[str, Any]] = list(error.errors())
     first = found[0]
-    where = list(first["loc"][1:])
+    where = _place(first, error.body)
     if first["type"] == "json_invalid":
         return invalid(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "value_error":
         return invalid(str(first["ctx"]["error"]), param=str(where[0]) if where else None)
     if not where:
         return invalid("the body must be a JSON object")
-    # A field that may be one of several things has an entry for each of them.
-    ways = [other["msg"] for other in found if other["loc"][1:2] == first["loc"][1:2]]
-    name = ".".join(map(str, where)) if len(ways) == 1 else str(where[0])
+    # A value that may be one of several things has an entry for each of them.
+    ways = [other["msg"] for other in found if list(other["loc"][1 : 1 + len(where)]) == where]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     return invalid(f"{name}: {'; or: '.join(dict.fromkeys(ways))}", param=str(where[0]))
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[int | str]:
+    """As much of an error's location as is a place in the body; what follows is which kind of value was tried there."""
+    place: list[int | str] = []
+    _, *location = error["loc"]
+    for part in location:
+        there = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)
+        if not there:
+            last = error["type"] == "missing" and len(place) == len(location) - 1
+            return [*place, part] if last else place
+        place.append(part)
+        body = body[part]
+    return place

@@ -13,7 +13,7 @@ from pydantic import Field, StrictBool
 
 from gfxlm.engine.params import MAX_TOP_LOGPROBS
 from gfxlm.server import parts
-from gfxlm.server.completions import StreamOptions
+from gfxlm.server.completions import MOST_TEXTS, StreamOptions
 from gfxlm.server.connection import while_connected
 from gfxlm.server.errors import invalid
 from gfxlm.server.fields import Body, ignored_header
@@ -24,14 +24,13 @@ from gfxlm.server.sampling import SamplingFields
 from gfxlm.server.settings import Settings
 from gfxlm.server.sse import DONE, stream
 from gfxlm.server.structure import StructureFields
-from gfxlm.server.template import ChatOptions, Message, template_options
+from gfxlm.server.template import ChatOptions, Effort, Message, template_options
 from gfxlm.server.tools.tool import Content, Tool
 from gfxlm.server.turn import Ask, Step, ToolChoice, Turn, begin
 from gfxlm.server.usage import usage
 from gfxlm.server.worker import Worker
 
 router = APIRouter()
-_MOST_TEXTS = 128
 
 
 class FunctionCall(Body):
@@ -114,13 +113,13 @@ class ChatBody(SamplingFields, StructureFields):
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
-    n: Annotated[int, Field(ge=1, le=_MOST_TEXTS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    reasoning_effort: str | None = Field(None, description="none and minimal switch thinking off, others on.")
+    reasoning_effort: Effort | None = Field(None, description="none and minimal switch thinking off, others on.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool = Field(False, description="Go on with the last message, an assistant's.")

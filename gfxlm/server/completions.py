@@ -5,13 +5,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, StrictBool
 
+from gfxlm.engine.params import MAX_TOP_LOGPROBS
 from gfxlm.server.connection import while_connected
 from gfxlm.server.errors import invalid
 from gfxlm.server.fields import Body, ignored_header
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gfxlm.engine.logprobs import TokenLogprob
 
 router = APIRouter()
-_MOST_TEXTS = 128
+MOST_TEXTS = 128
 
 
 class StreamOptions(Body):
@@ -42,11 +42,11 @@ class CompletionBody(SamplingFields, StructureFields):
 
     model: str | None = None
     prompt: Prompts
-    n: int = Field(1, ge=1, le=_MOST_TEXTS, description="Texts for each prompt.")
+    n: int = Field(1, ge=1, le=MOST_TEXTS, description="Texts for each prompt.")
     best_of: int | None = Field(None, description="Only as many as n.")
     echo: StrictBool = Field(False, description="The text begins with the prompt.")
     suffix: str | None = Field(None, description="Not supported.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
@@ -71,26 +71,16 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     settings: Settings = request.app.state.settings
     worker: Worker = await request.app.state.models.get(body.model)
     prompts = await as_tokens(worker, body.prompt)
-    if len(prompts) * body.n > _MOST_TEXTS:
-        raise invalid(f"{len(prompts)} prompts, {body.n} texts each: at most {_MOST_TEXTS} in all", param="n")
-    await worker.check(body.structure())
-    answer = _Answer(body, worker, _started(body, worker, settings, prompts))
+    if len(prompts) * body.n > (most := min(MOST_TEXTS, settings.capacity)):
+        raise invalid(f"{len(prompts)} prompts, {body.n} texts each: at most {most} in all", param="n")
+    params = body.params(worker, settings, top_logprobs=body.logprobs, grammar=body.structure())
+    await worker.check(params.grammar)
+    started = [one for prompt in prompts for one in body.start(worker, settings, prompt, params, body.n)]
+    answer = _Answer(body, worker, started)
     headers = ignored_header(body)
     if body.stream:
         return stream(answer.events(), request, settings.keepalive_seconds, headers)
     return JSONResponse(await while_connected(request, answer.whole()), headers=headers)
-
-
-def _started(
-    body: CompletionBody, worker: Worker, settings: Settings, prompts: Sequence[Sequence[int]]
-) -> list[Generation]:
-    params = body.params(worker, settings, top_logprobs=body.logprobs, grammar=body.structure())
-    generations = []
-    for prompt in prompts:
-        for number in range(body.n):
-            one = params if params.seed is None else replace(params, seed=params.seed + number)
-            generations.append(worker.generate(prompt, one, timeout=body.deadline(settings)))
-    return generations
 
 
 class _Answer:

@@ -22,7 +22,11 @@ _TYPES = {
     504: ("timeout_error", "timeout_error"),
 }
 RETRY_SECONDS = "1"
-_ANTHROPIC_ROUTES = "/v1/messages"
+
+
+def is_anthropics(path: str) -> bool:
+    """Whether the route at `path` speaks Anthropic's dialect, in errors and headers too."""
+    return path.startswith("/v1/messages")
 
 
 class ApiError(Exception):
@@ -48,7 +52,7 @@ class ApiError(Exception):
 
     def body(self, path: str = "", request_id: str | None = None) -> dict[str, Any]:
         """The object that says it, in the manner of the route at `path`."""
-        if path.startswith(_ANTHROPIC_ROUTES):
+        if is_anthropics(path):
             kind = _TYPES.get(self.status, ("", "api_error" if self.status >= 500 else "invalid_request_error"))[1]
             answer: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": self.message}}
             return answer | ({"request_id": request_id} if request_id else {})

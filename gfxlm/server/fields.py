@@ -1,5 +1,6 @@
 """Bodies of requests: what is known is checked, what is unknown is told, nothing is silently dropped."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -35,13 +36,21 @@ def _check_text(data: Any) -> None:
 
 
 def unknown_fields(body: Body) -> list[str]:
-    """Names of what a client sent and nobody here reads; of nested bodies as `outer.inner`."""
-    names = list(body.model_extra or {})
+    """Names of what a client sent and nobody here reads; of nested bodies as `outer.inner` or `outer[0].inner`."""
+    # Clients send back what they got, whose fields are null for the most part, which says nothing.
+    names = [name for name, value in (body.model_extra or {}).items() if value is not None]
     for name in type(body).model_fields:
-        value: Any = getattr(body, name)
-        if isinstance(value, Body):
-            names += [f"{name}.{inner}" for inner in unknown_fields(value)]
+        for place, inner in _bodies(name, getattr(body, name)):
+            names += [f"{place}.{unknown}" for unknown in unknown_fields(inner)]
     return names
+
+
+def _bodies(name: str, value: Any) -> Iterator[tuple[str, Body]]:
+    """The bodies in a field, and where they are."""
+    if isinstance(value, Body):
+        yield name, value
+    elif isinstance(value, list):
+        yield from ((f"{name}[{i}]", item) for i, item in enumerate(value) if isinstance(item, Body))
 
 
 def ignored_header(body: Body) -> dict[str, str]:

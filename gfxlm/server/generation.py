@@ -99,15 +99,32 @@ class Generation:
 
     async def __anext__(self) -> Piece:
         job = self._job
-        while not job.pieces:
-            if job.error is not None:
-                raise job.error
+        while (piece := self.take()) is None:
             if job.ended:
                 raise StopAsyncIteration
             job.ready.clear()
             await job.ready.wait()
-        pieces, job.pieces = job.pieces, []
-        return joined(pieces)
+        return piece
+
+    def take(self) -> Piece | None:
+        """What has come since it was last asked for, if anything has. Raises ApiError once there is nothing else."""
+        job = self._job
+        if job.pieces:
+            pieces, job.pieces = job.pieces, []
+            return joined(pieces)
+        if job.error is not None:
+            raise job.error
+        return None
+
+    def announce(self, news: asyncio.Event) -> None:
+        """Set this event, and no other, whenever there is something to take, or nothing more will come."""
+        self._job.ready = news
+        news.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come than can be taken now."""
+        return self._job.ended
 
     def cancel(self) -> None:
         """End it within a step; what has come can still be read."""
@@ -115,10 +132,6 @@ class Generation:
             self._job.ended = True
             self._job.ready.set()
             self._cancel(self._job)
-
-    async def aclose(self) -> None:
-        """The same, as async generators name it."""
-        self.cancel()
 
     def __del__(self) -> None:
         self.cancel()
@@ -142,9 +155,9 @@ class Generation:
     def timings(self) -> dict[str, float]:
         """Counts, milliseconds and tokens a second so far, as llama.cpp's server names them."""
         job = self._job
-        started = job.arrived if job.request is None or job.request.started is None else job.request.started
+        begun = job.arrived if job.request is None or job.request.started is None else job.request.started
         read = len(job.prompt) - self.cached_tokens
-        prompt_ms = max(0.0, job.first - started) * 1e3
+        prompt_ms = max(0.0, job.first - begun) * 1e3
         predicted_ms = (job.last - job.first) * 1e3
         return {
             "cache_n": self.cached_tokens,
@@ -160,21 +173,20 @@ class Generation:
 
 async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
     """The pieces of several texts, each with its text's number, as they come. Ends all of them when it is closed."""
-    pending = {asyncio.ensure_future(_next(generation)): i for i, generation in enumerate(generations)}
+    news = asyncio.Event()  # one for all: a task for each piece would cost more than the piece
+    for generation in generations:
+        generation.announce(news)
+    running = dict(enumerate(generations))
     try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=pending.__getitem__):
-                i = pending.pop(task)
-                if (piece := task.result()) is not None:
+        while running:
+            await news.wait()
+            news.clear()
+            for i, generation in list(running.items()):
+                if (piece := generation.take()) is not None:
+                    news.set()  # it may have ended with this piece, or have more by the time that we are asked again
                     yield i, piece
-                    pending[asyncio.ensure_future(_next(generations[i]))] = i
+                elif generation.ended:
+                    del running[i]
     finally:
-        for task in pending:
-            task.cancel()
         for generation in generations:
             generation.cancel()
-
-
-async def _next(generation: Generation) -> Piece | None:
-    return await anext(generation, None)

@@ -9,6 +9,8 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gfxlm.server.connection import CLIENT_CLOSED_REQUEST
+from gfxlm.server.errors import is_anthropics
 from gfxlm.server.generation import Generation, started
 
 requests = logging.getLogger("gfxlm.server.requests")
@@ -41,7 +43,10 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if is_anthropics(scope["path"]):
+                    headers["request-id"] = request_id
             await send(message)
 
         async def noted() -> Message:
@@ -61,13 +66,13 @@ class RequestLog:
     def _log(scope: Scope, status: int, seconds: float, generations: list[Generation], body: bytes) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         metrics = scope["app"].state.metrics
-        # 499: the client went before anything was sent.
-        metrics.on_http(scope["method"], route, status or 499)
+        status = status or CLIENT_CLOSED_REQUEST  # it went before anything was sent
+        metrics.on_http(scope["method"], route, status)
         fields = {
             "id": scope["state"]["request_id"],
             "method": scope["method"],
             "route": route,
-            "status": status or 499,
+            "status": status,
             "seconds": round(seconds, 4),
             "client": (scope.get("client") or ("",))[0],
             **_tokens(generations),

@@ -55,11 +55,7 @@ def _assistant(content: Sequence[Block], where: str) -> Message:
 
 
 def _result(block: Block, where: str) -> Message:
-    content = block.get("content")
-    parted = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    if not parted and not isinstance(content, str | None):
-        raise invalid(f"{where}: the content of a tool_result must be a string or blocks", param="messages")
-    text = parts.text_of(content, where)
+    text = parts.text_of(block.get("content"), f"{where}: tool_result")
     if block.get("is_error"):
         text = f"Error: {text}"
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id", where), "content": text}

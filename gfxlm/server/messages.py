@@ -20,14 +20,13 @@ from gfxlm.server.message_blocks import Blocks, finished_content, messages_of
 from gfxlm.server.output import Event
 from gfxlm.server.sampling import SamplingFields
 from gfxlm.server.settings import Settings
-from gfxlm.server.sse import stream
-from gfxlm.server.template import ChatOptions, rendered, template_options
+from gfxlm.server.sse import NamedEvent, stream
+from gfxlm.server.template import ChatOptions, Effort, rendered, template_options
 from gfxlm.server.tools.tool import Tool
 from gfxlm.server.turn import Ask, Step, ToolChoice, Turn, begin
 from gfxlm.server.worker import Worker
 
 router = APIRouter()
-Sent = tuple[str, str]
 _MODES: dict[str, Literal["auto", "required", "none"]] = {
     "auto": "auto",
     "any": "required",
@@ -77,7 +76,7 @@ class OutputFormat(Body):
 class OutputOptions(Body):
     """What the answer shall be like."""
 
-    effort: str | None = Field(None, description="A variable of the chat template, reasoning_effort.")
+    effort: Effort | None = Field(None, description="A variable of the chat template, reasoning_effort.")
     format: OutputFormat | None = None
 
 
@@ -194,7 +193,7 @@ class _Answer:
             ending["stop_reason"] = "end_turn"
         return self._message | {"content": content, **ending, "usage": self._usage()}
 
-    async def events(self) -> AsyncIterator[Sent]:
+    async def events(self) -> AsyncIterator[NamedEvent]:
         """The events of an answer that comes as it is made."""
         blocks = Blocks()
         begun = False
@@ -229,5 +228,5 @@ def _ending(step: Step) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": step.piece.stop if reason == "stop_sequence" else None}
 
 
-def _event(type: str, **data: Any) -> Sent:
+def _event(type: str, **data: Any) -> NamedEvent:
     return type, json.dumps({"type": type, **data})

@@ -25,6 +25,8 @@ async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
     return _described(models, models.resolve(model))
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/v1/health", include_in_schema=False)
 @router.get("/health")
 @router.get("/v1/health")
 async def health(request: Request) -> JSONResponse:

@@ -1,20 +1,21 @@
 """Contents of messages that come in parts, and tools: what the dialects have in common."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from gfxlm.server.errors import invalid
 from gfxlm.server.tools.tool import Tool
 
 _TEXT = ("text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal")
-Parts = Sequence[Mapping[str, Any]]
 
 
-def text_of(content: str | Parts | None, where: str) -> str:
-    """The text of a content, its parts on lines of their own. ApiError 400 for a part that is no text."""
+def text_of(content: object, where: str) -> str:
+    """The text of a content, "" of none, its parts on lines of their own. ApiError 400 for what is no text."""
     if content is None or isinstance(content, str):
         return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise invalid(f"{where}: must be a string or a list of parts", param=_param(where))
     return "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 

@@ -3,14 +3,9 @@
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
+from gfxlm.engine.tokenizer import THINK_TAGS
 from gfxlm.server.incremental import Source
 from gfxlm.server.tools.tool import Content
-
-THINK_TAGS = (
-    ("<think>", "</think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("<|think:start|>", "<|think:end|>"),
-)
 
 
 @dataclass(frozen=True, slots=True)

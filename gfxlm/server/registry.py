@@ -51,6 +51,8 @@ class Models:
         self._making_room = False
         self._queued = 0
         self._stopped = asyncio.Event()
+        self.failed = asyncio.Event()  # set once an engine has failed for good
+        self.abandoned = False  # whether a model was still being loaded at the end
         self.created = int(time.time())
 
     def start(self) -> None:
@@ -75,7 +77,7 @@ class Models:
         worker = self._workers.get(known)
         if worker is None or worker.state != "ready" or self._making_room:
             worker = await self._wait_for(known)
-        self._use(known, worker)
+        self._use(known)
         return worker
 
     @property
@@ -105,7 +107,9 @@ class Models:
         """End all requests, and free all memory."""
         self.stop()
         for name in list(self._workers):
-            await self._workers.pop(name).close()
+            worker = self._workers.pop(name)
+            await worker.close()
+            self.abandoned = self.abandoned or worker.state == "loading"
 
     def resolve(self, name: str | None) -> str:
         """The name of the model that is meant. ApiError 404 where there is none."""
@@ -121,7 +125,7 @@ class Models:
             code="model_not_found",
         )
 
-    def _use(self, name: str, worker: Worker) -> None:
+    def _use(self, name: str) -> None:
         self._workers[name] = self._workers.pop(name)
         self._uses[name] += 1
         task = asyncio.current_task()
@@ -131,7 +135,7 @@ class Models:
     def _let_go(self, name: str) -> None:
         self._uses[name] -= 1
         if not self._uses[name] and self._making_room:
-            self._notifying = asyncio.ensure_future(self._notify())
+            self._notifying = asyncio.ensure_future(self._notify())  # held, or it might be collected
 
     async def _notify(self) -> None:
         async with self._unused:
@@ -200,5 +204,7 @@ class Models:
             max_queue=self._settings.max_queue,
             metrics=None if self._metrics is None else self._metrics.model(name),
         )
+        loop = asyncio.get_running_loop()
+        worker.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(self.failed.set))
         worker.start()
         return worker

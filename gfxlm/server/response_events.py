@@ -10,14 +10,13 @@ from gfxlm.server.errors import ApiError
 from gfxlm.server.logprobs import described
 from gfxlm.server.output import Event, ToolArguments, ToolCall, ToolCallEnd
 from gfxlm.server.reasoning import Reasoning
+from gfxlm.server.sse import NamedEvent
 from gfxlm.server.tools.tool import Content
 from gfxlm.server.turn import Step, Turn
 from gfxlm.server.usage import usage
 
 if TYPE_CHECKING:
     from gfxlm.engine.tokenizer import Tokenizer
-
-Sent = tuple[str, str]  # an event's name and its data
 
 
 def response_object(model: str, echo: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +46,7 @@ class ResponseEvents:
         self._item: dict[str, Any] | None = None  # the one that is growing, the last of the output
         self._logprobs: list[dict[str, Any]] = []  # of text that is held back
 
-    def of(self, step: Step) -> Iterator[Sent]:
+    def of(self, step: Step) -> Iterator[NamedEvent]:
         """The events of a step; around the first and the last one, those of the response."""
         if not self._begun:
             self._begun = True
@@ -59,12 +58,12 @@ class ResponseEvents:
         if step.finish_reason is not None:
             yield from self._end("incomplete" if step.finish_reason == "length" else "completed")
 
-    def failed(self, error: ApiError) -> Sent:
+    def failed(self, error: ApiError) -> NamedEvent:
         """The last event where something went wrong."""
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": error.message}}
         return self._event("response.failed", response=self.response)
 
-    def _of(self, event: Event) -> Iterator[Sent]:
+    def _of(self, event: Event) -> Iterator[NamedEvent]:
         match event:
             case Reasoning(text):
                 yield from self._text("reasoning", "reasoning_text", text)
@@ -82,7 +81,7 @@ class ResponseEvents:
             case ToolCallEnd():
                 pass  # it is closed by what comes next, which says whether it is complete
 
-    def _text(self, item_type: str, part_type: str, text: str) -> Iterator[Sent]:
+    def _text(self, item_type: str, part_type: str, text: str) -> Iterator[NamedEvent]:
         if self._item is None or self._item["type"] != item_type:
             yield from self._close("completed")
             item: dict[str, Any] = {"type": item_type, "id": _id("rs" if item_type == "reasoning" else "msg")}
@@ -105,13 +104,13 @@ class ResponseEvents:
             part["logprobs"] += more["logprobs"]
         yield self._of_item(f"response.{part_type}.delta", content_index=0, delta=text, **more)
 
-    def _open(self, item: dict[str, Any]) -> Iterator[Sent]:
+    def _open(self, item: dict[str, Any]) -> Iterator[NamedEvent]:
         self._logprobs = [] if item["type"] != "message" else self._logprobs
         self._item = {**item, "status": "in_progress"}
         self.response["output"].append(self._item)
         yield self._event("response.output_item.added", output_index=self._index, item=self._item)
 
-    def _close(self, status: str) -> Iterator[Sent]:
+    def _close(self, status: str) -> Iterator[NamedEvent]:
         item = self._item
         if item is None:
             return
@@ -127,7 +126,7 @@ class ResponseEvents:
         yield self._event("response.output_item.done", output_index=self._index, item=item)
         self._item = None
 
-    def _end(self, status: str) -> Iterator[Sent]:
+    def _end(self, status: str) -> Iterator[NamedEvent]:
         yield from self._close(status)
         counts = usage(self._turn.generations)
         self.response |= {
@@ -148,11 +147,11 @@ class ResponseEvents:
     def _index(self) -> int:
         return len(self.response["output"]) - 1
 
-    def _of_item(self, name: str, /, **data: Any) -> Sent:
+    def _of_item(self, name: str, /, **data: Any) -> NamedEvent:
         assert self._item is not None
         return self._event(name, item_id=self._item["id"], output_index=self._index, **data)
 
-    def _event(self, name: str, /, **data: Any) -> Sent:
+    def _event(self, name: str, /, **data: Any) -> NamedEvent:
         number, self._number = self._number, self._number + 1
         return name, json.dumps({"type": name, "sequence_number": number, **data})
 

@@ -26,21 +26,21 @@ def _add(messages: list[Message], item: Item, where: str) -> None:
     if kind == "message":
         _add_message(messages, item, where)
     elif kind == "reasoning":
-        thoughts = _content(item.get("content") or item.get("summary"), f"{where}.content")
+        thoughts = parts.text_of(item.get("content") or item.get("summary"), f"{where}.content")
         _assistant(messages, fresh=True)["reasoning_content"] = thoughts
     elif kind == "function_call":
         call_id, name = _text(item, "call_id", where), _text(item, "name", where)
         call = parts.call(call_id, name, _text(item, "arguments", where))
         _assistant(messages).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        content = _content(item.get("output"), f"{where}.output")
+        content = parts.text_of(item.get("output"), f"{where}.output")
         messages.append({"role": "tool", "tool_call_id": _text(item, "call_id", where), "content": content})
     else:
         raise invalid(f"{where}: items of type {kind!r} are not supported", param="input")
 
 
 def _add_message(messages: list[Message], item: Item, where: str) -> None:
-    role, content = item.get("role"), _content(item.get("content"), f"{where}.content")
+    role, content = item.get("role"), parts.text_of(item.get("content"), f"{where}.content")
     if role not in _ROLES:
         raise invalid(f"{where}: role must be one of {', '.join(_ROLES)}, but is {role!r}", param="input")
     if role != "assistant":
@@ -56,13 +56,6 @@ def _assistant(messages: list[Message], *, fresh: bool = False) -> Message:
     if fresh or not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
-
-
-def _content(content: Any, where: str) -> str:
-    parted = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    if not parted and not isinstance(content, str | None):
-        raise invalid(f"{where}: must be a string or a list of parts", param="input")
-    return parts.text_of(content, where)
 
 
 def _text(item: Item, name: str, where: str) -> str:

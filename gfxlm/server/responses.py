@@ -17,15 +17,25 @@ from gfxlm.server.response_events import ResponseEvents, response_object
 from gfxlm.server.response_input import messages_of
 from gfxlm.server.sampling import SamplingFields
 from gfxlm.server.settings import Settings
-from gfxlm.server.sse import stream
+from gfxlm.server.sse import NamedEvent, stream
 from gfxlm.server.structure import ResponseFormat, Schema
-from gfxlm.server.template import ChatOptions, template_options
+from gfxlm.server.template import ChatOptions, Effort, template_options
 from gfxlm.server.tools.tool import Tool
 from gfxlm.server.turn import Ask, ToolChoice, Turn, begin
 from gfxlm.server.worker import Worker
 
 router = APIRouter()
 _LOGPROBS = "message.output_text.logprobs"
+Include = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+]
 
 
 class ResponseTool(Body):
@@ -67,8 +77,10 @@ class TextOptions(Body):
 class ReasoningOptions(Body):
     """How much to think: none and minimal switch it off, others on."""
 
-    effort: str | None = None
-    summary: str | None = Field(None, description="Ignored: thinking is told in full.")
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="Ignored: thinking is told in full."
+    )
     generate_summary: str | None = Field(None, description="Ignored.")
 
 
@@ -85,7 +97,7 @@ class ResponsesBody(SamplingFields):
     reasoning: ReasoningOptions | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    include: list[str] | None = Field(None, description=f"Only {_LOGPROBS} has an effect.")
+    include: list[Include] | None = Field(None, description=f"Only {_LOGPROBS} has an effect.")
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = Field(None, description="Ignored.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
@@ -123,7 +135,7 @@ class ResponsesBody(SamplingFields):
             ),
             tools=[tool.tool(i) for i, tool in enumerate(self.tools or ())],
             choice=self._choice(),
-            structure=None if given is None else given.grammar(),
+            structure=None if given is None else given.grammar("text"),
         )
 
     def _check(self) -> None:
@@ -186,7 +198,7 @@ async def _whole(events: ResponseEvents, turn: Turn) -> dict[str, Any]:
     return events.response
 
 
-async def _streamed(events: ResponseEvents, turn: Turn, request: Request) -> AsyncIterator[tuple[str, str]]:
+async def _streamed(events: ResponseEvents, turn: Turn, request: Request) -> AsyncIterator[NamedEvent]:
     begun = False
     try:
         async with aclosing(turn.steps()) as coming:

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,9 @@ log = logging.getLogger("gfxlm.server")
 # For what is left to be said after requests were cut off.
 _LAST_WORDS = 5.0
 _BACKLOG = 2048
+# How long a thread may keep the interpreter while others want it. Python's 5 ms, for a template that is being rendered,
+# would be longer than a step of the engine, which waits for it again and again.
+_SWITCH_SECONDS = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -44,6 +49,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(self._settings.shutdown_timeout + _LAST_WORDS) + 1,
         )
         config.load()  # here, where a bad certificate raises
+        self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(config)
 
     @contextlib.contextmanager
@@ -63,13 +69,19 @@ class Server(uvicorn.Server):
         """Let requests end by themselves for a while."""
         log.info("ending")
         self._models.stop()
-        cut = ApiError(503, "the server is shutting down")
-        timer = asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._models.cut_off, cut)
+        self._loop = asyncio.get_running_loop()
+        timer = self._loop.call_later(self._settings.shutdown_timeout, self._cut_off)
         await super().shutdown(sockets)
         timer.cancel()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.handle_exit(number, frame)
+        """At the second signal answers under way have no more time."""
+        self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cut_off)
+
+    def _cut_off(self) -> None:
+        self._models.cut_off(ApiError(503, "the server is shutting down"))
 
 
 def run(
@@ -83,10 +95,14 @@ def run(
     log_level: str = "info",
     log_format: str = "text",
     resident: int = 1,
-) -> None:
-    """Serve until a signal comes. Raises UserError where it cannot listen, or the first model cannot be loaded."""
+) -> int:
+    """Serve until a signal comes, or an engine fails for good; the exit status, 0 or 1.
+
+    Raises UserError where it cannot listen, or the first model cannot be loaded.
+    """
     sockets = _listening(host, port)
     logs.configure(log_level, log_format)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     metrics = Metrics()
     models = Models(specs, settings, metrics, resident=resident)
     app = create_app(models, settings, metrics)
@@ -100,21 +116,30 @@ def run(
         shown = f"[{address}]" if ":" in address else address
         log.info("listening on %s://%s:%s", scheme, shown, bound)
     asyncio.run(_served(server, models, sockets))
+    status = int(models.failed.is_set())
+    if models.abandoned:
+        # A thread that loads cannot be stopped, and C++ aborts when the interpreter ends under it.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 async def _served(server: Server, models: Models, sockets: list[socket.socket]) -> None:
     serving = asyncio.ensure_future(server.serve(sockets))
-    loading = asyncio.ensure_future(models.first())
-    await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
-    failed = loading.done() and loading.exception() is not None
-    if failed:
-        server.should_exit = True
-    elif loading.done():
-        log.info("%s is loaded", loading.result())
+    watching = asyncio.ensure_future(_watched(models))
+    await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
     await serving
-    if failed:
-        loading.result()
-    loading.cancel()
+    if watching.done():
+        watching.result()
+    watching.cancel()
+
+
+async def _watched(models: Models) -> None:
+    """Return when an engine has failed for good. Raises what loading the first model raised."""
+    log.info("%s is loaded", await models.first())
+    await models.failed.wait()
+    log.error("an engine has failed for good: the process ends, to be started again")
 
 
 def _listening(host: str, port: int) -> list[socket.socket]:

@@ -1,9 +1,12 @@
 """What every route that generates text can be asked about its tokens."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, StrictBool
 
+from gfxlm.engine.grammar import Grammar
 from gfxlm.engine.params import SamplingParams
 from gfxlm.errors import UserError
 from gfxlm.server.errors import invalid
@@ -11,10 +14,9 @@ from gfxlm.server.fields import Body
 from gfxlm.server.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from gfxlm.engine.grammar import Grammar
     from gfxlm.engine.tokenizer import Tokenizer
+    from gfxlm.server.generation import Generation
+    from gfxlm.server.worker import Worker
 
 _OFF = -1  # of top_k, in vLLM's words
 # As `SamplingParams` names them; the rest needs a word said about it.
@@ -33,17 +35,6 @@ _PLAIN = (
     "frequency_context_size",
     "seed",
 )
-
-
-class Model(Protocol):
-    """What of a worker is needed here."""
-
-    @property
-    def tokenizer(self) -> "Tokenizer": ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def generation_config(self) -> "Mapping[str, Any]": ...
 
 
 class SamplingFields(Body):
@@ -66,6 +57,7 @@ class SamplingFields(Body):
     logit_bias: dict[int, float] | None = Field(None, description="Added to the scores of token ids.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = Field(None, description="The text ends before any of these.")
+    min_tokens: int = Field(0, ge=0, description="Neither end-of-text tokens nor stop strings end it before so many.")
     ignore_eos: StrictBool = Field(False, description="Go on to max_tokens.")
     timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
 
@@ -76,49 +68,72 @@ class SamplingFields(Body):
 
     def params(
         self,
-        worker: Model,
+        worker: "Worker",
         settings: Settings,
         *,
         top_logprobs: int | None = None,
-        grammar: "Grammar | None" = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """The request's parameters: its own, else the server's defaults, else the model's. ApiError 400 if bad."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         given["top_k"] = 0 if self.top_k == _OFF else self.top_k
-        given["max_tokens"] = self.limit or settings.max_tokens
+        given["max_tokens"] = limit = self.limit or settings.max_tokens
+        if self.min_tokens > limit:
+            raise invalid(f"min_tokens: {self.min_tokens} are more than max_tokens, {limit}", param="min_tokens")
+        endless = self.ignore_eos or self.min_tokens == limit
         given["stop"] = self.stop
-        given["logit_bias"] = self._bias(worker)
+        given["logit_bias"] = self._bias(worker, endless)
         given = {name: value for name, value in given.items() if value is not None}
         try:
             return SamplingParams.from_generation_config(
                 worker.generation_config,
                 **{**settings.sampling, **given},
                 xtc_special_tokens=_special(worker.tokenizer) if given.get("xtc_probability") else (),
-                **self._later(top_logprobs, grammar),
+                top_logprobs=top_logprobs,
+                grammar=self._grammar(worker, grammar, endless),
             )
         except UserError as error:
             raise invalid(str(error), param=str(error).split(maxsplit=1)[0]) from error
 
-    def deadline(self, settings: Settings) -> float | None:
-        """Seconds that the request may take: the server's limit, or less if it says so."""
-        limits = [limit for limit in (self.timeout, settings.request_timeout) if limit is not None]
-        return min(limits, default=None)
+    def start(
+        self, worker: "Worker", settings: Settings, prompt: Sequence[int], params: SamplingParams, n: int
+    ) -> "list[Generation]":
+        """Queue `n` texts of a prompt, text i with `seed` + i. Raises ApiError as `Worker.generate` does."""
+        if n > settings.capacity:
+            raise invalid(f"n: at most {settings.capacity} texts run or wait here at the same time", param="n")
+        timeout = min((limit for limit in (self.timeout, settings.request_timeout) if limit is not None), default=None)
+        generations = []
+        for i in range(n):
+            one = params if params.seed is None else replace(params, seed=params.seed + i)
+            generations.append(worker.generate(prompt, one, timeout=timeout, min_tokens=self.min_tokens))
+        return generations
 
-    def _bias(self, worker: Model) -> dict[int, float] | None:
+    def _bias(self, worker: "Worker", endless: bool) -> dict[int, float] | None:
         bias = dict(self.logit_bias or {})
         for token in bias:
             if not 0 <= token < worker.vocab_size:
                 raise invalid(
                     f"logit_bias: {token} is no token, the vocabulary has {worker.vocab_size}", param="logit_bias"
                 )
-        if self.ignore_eos:
+        if endless:
             bias |= dict.fromkeys(worker.tokenizer.eos_token_ids, float("-inf"))
         return bias or None
 
-    @staticmethod
-    def _later(top_logprobs: int | None, grammar: "Grammar | None") -> dict[str, Any]:
-        wanted = {"top_logprobs": top_logprobs, "grammar": grammar}
-        return {name: value for name, value in wanted.items() if value is not None}
+    def _grammar(self, worker: "Worker", given: Grammar | None, endless: bool) -> Grammar | None:
+        """The one given, or one of any tokens, the first `min_tokens` of which do not end the text."""
+        if not self.min_tokens:
+            return given
+        if given is not None:
+            raise invalid(
+                "min_tokens: does not go with structured output, nor with tools that are strict or must be called: "
+                "the structure says where the text can end",
+                param="min_tokens",
+            )
+        ends = worker.tokenizer.eos_token_ids
+        if endless or not ends:
+            return None
+        token = f"<[^{','.join(map(str, sorted(ends)))}]>"
+        return Grammar("lark", f"start: {token}{{{self.min_tokens}}} {token}*")
 
 
 def _special(tokenizer: "Tokenizer") -> list[int]:

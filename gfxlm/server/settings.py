@@ -26,3 +26,8 @@ class Settings:
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     tool_parser: str | None = None
     log_prompts: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Texts that may run or wait at the same time; a request for more of them is never answered."""
+        return self.max_concurrency + self.max_queue

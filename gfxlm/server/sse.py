@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 
@@ -15,7 +16,8 @@ from gfxlm.server.errors import as_api_error
 DONE = "[DONE]"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
-Event = str | tuple[str, str]  # data, or an event's name and its data
+NamedEvent = tuple[str, str]  # an event's name and its data
+Event = str | NamedEvent  # or data alone
 
 
 def encoded(event: Event) -> bytes:
@@ -58,48 +60,54 @@ class EventStream(Response):
                 await asyncio.wait((sending, gone))
 
     async def _run(self, scope: Scope, send: Send) -> None:
-        started = False
+        output = _Output(send, self.raw_headers)
+        pulse = asyncio.ensure_future(self._pulse(output))
         try:
-            async for chunk in self._chunks():
-                if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    started = True
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async for event in self._events:
+                await output.write(encoded(event))
         except Exception as error:
-            if not started:
+            if not output.started:
                 raise
-            await send({"type": "http.response.body", "body": self._failure(scope, error), "more_body": True})
-        if not started:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        """Events, and comments where there was none for a while."""
-        next_event = asyncio.ensure_future(anext(self._events))
-        try:
-            while True:
-                done, _ = await asyncio.wait((next_event,), timeout=self._keepalive)
-                if not done:
-                    yield _KEEP_ALIVE
-                    continue
-                try:
-                    event = next_event.result()
-                except StopAsyncIteration:
-                    return
-                yield encoded(event)
-                next_event = asyncio.ensure_future(anext(self._events))
+            await output.write(self._failure(scope, error))
         finally:
-            next_event.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait((next_event,))
+            pulse.cancel()
             if aclose := getattr(self._events, "aclose", None):
                 await aclose()
+        await output.write(b"", last=True)
+
+    async def _pulse(self, output: "_Output") -> None:
+        """A comment whenever nothing was sent for a while."""
+        silent = 0.0
+        while True:
+            await asyncio.sleep(self._keepalive - silent)
+            silent = time.monotonic() - output.last
+            if silent >= self._keepalive:
+                await output.write(_KEEP_ALIVE)
+                silent = 0.0
 
     def _failure(self, scope: Scope, error: Exception) -> bytes:
         answer = as_api_error(error)
         scope["state"]["error"] = answer.message  # for the log: the status line has gone out
         body = answer.body(self._path, scope["state"].get("request_id"))
         return encoded(("error", json.dumps(body)) if "type" in body else json.dumps(body))
+
+
+class _Output:
+    """Where two write in turn: events, and signs of life."""
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self._send, self._headers = send, headers
+        self._turn = asyncio.Lock()
+        self.started = False
+        self.last = time.monotonic()  # when something was written
+
+    async def write(self, chunk: bytes, *, last: bool = False) -> None:
+        async with self._turn:
+            if not self.started:
+                await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                self.started = True
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": not last})
+            self.last = time.monotonic()
 
 
 def stream(

@@ -28,8 +28,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaFormat | None = None
     schema_: Schema | None = Field(None, alias="schema", description="llama.cpp's place for the schema.")
 
-    def grammar(self) -> Grammar | None:
-        """What it asks for. ApiError 400 where the schema is missing."""
+    def grammar(self, param: str = "response_format") -> Grammar | None:
+        """What it asks for. ApiError 400 where the schema is missing; `param` names the field that holds all of it."""
         schema = self.json_schema.schema_ if self.json_schema is not None else self.schema_
         if self.type == "text":
             return None
@@ -37,7 +37,7 @@ class ResponseFormat(Body):
             return Grammar("json_schema", json.dumps(schema))
         if self.type == "json_object":
             return Grammar("json_object")
-        raise invalid("response_format: json_schema has no schema", param="response_format")
+        raise invalid(f"{param}: type json_schema has no schema", param=param)
 
 
 class StructuredOutputs(Body):
@@ -53,7 +53,7 @@ class StructuredOutputs(Body):
     def _one(self) -> "StructuredOutputs":
         given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
         if len(given) != 1:
-            raise ValueError("must have one of json, json_object, regex, choice and grammar")
+            raise ValueError("structured_outputs: must have one of json, json_object, regex, choice and grammar")
         return self
 
     def constraint(self) -> Grammar:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gfxlm.engine.conversation import plain_text
 from gfxlm.errors import UserError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gfxlm.engine.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+# OpenAI's words and Anthropic's; a template that has others takes them from chat_template_kwargs.
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 # What a request must not say to the template: it is said elsewhere, or it is not the template's business.
 _RESERVED = {

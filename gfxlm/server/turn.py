@@ -5,13 +5,13 @@ import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from gfxlm.engine.grammar import Grammar
-from gfxlm.engine.params import SamplingParams
 from gfxlm.server.errors import ApiError, invalid
 from gfxlm.server.generation import Generation, Piece, merged
 from gfxlm.server.output import Event, OutputParser, Said, ToolCallEnd
+from gfxlm.server.sampling import SamplingFields
 from gfxlm.server.settings import Settings
 from gfxlm.server.template import ChatOptions, Message, Prompt, rendered
 from gfxlm.server.tools.grammar import any_of, json_of
@@ -60,19 +60,6 @@ class Ask:
     def offered(self) -> Sequence[Tool]:
         """The tools that the model is told about."""
         return () if self.choice.mode == "none" else self.tools
-
-
-class TurnFields(Protocol):
-    """What of a request's body says how its tokens are chosen."""
-
-    @property
-    def seed(self) -> int | None: ...
-
-    def params(
-        self, worker: Worker, settings: Settings, *, top_logprobs: int | None = None, grammar: Grammar | None = None
-    ) -> SamplingParams: ...
-
-    def deadline(self, settings: Settings) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +122,14 @@ def _is_cut(piece: Piece, events: Sequence[Event], end: int) -> bool:
 
 
 async def begin(
-    worker: Worker, settings: Settings, ask: Ask, fields: TurnFields, *, n: int = 1, top_logprobs: int | None = None
+    worker: Worker, settings: Settings, ask: Ask, fields: SamplingFields, *, n: int = 1, top_logprobs: int | None = None
 ) -> Turn:
     """Queue the answers. ApiError 400 for what cannot be answered, 429 where too many wait."""
     # Not in the loop: a long conversation takes the template and the tokenizer a while.
     prompt, grammar = await asyncio.to_thread(_prepared, worker, settings, ask)
-    await _check(worker, ask, grammar)
     params = fields.params(worker, settings, top_logprobs=top_logprobs, grammar=grammar)
-    generations = []
-    for number in range(n):
-        one = params if params.seed is None else replace(params, seed=params.seed + number)
-        generations.append(worker.generate(prompt.tokens, one, timeout=fields.deadline(settings)))
-    return Turn(prompt, ask, worker.tokenizer, generations)
+    await _check(worker, ask, params.grammar)
+    return Turn(prompt, ask, worker.tokenizer, fields.start(worker, settings, prompt.tokens, params, n))
 
 
 def _prepared(worker: Worker, settings: Settings, ask: Ask) -> tuple[Prompt, Grammar | None]:

@@ -14,8 +14,10 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfxlm.device.memory import empty_cache
+from gfxlm.engine.diagnose import check_device
 from gfxlm.engine.embedding import Pooling, embedded
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.request import check_prompt
 from gfxlm.engine.text import TextStream
 from gfxlm.errors import BusyError, UserError
 from gfxlm.server.embedding_queue import EmbeddingQueue, Vectors
@@ -51,7 +53,6 @@ class Worker:
     vocab_size: int
     hidden_size: int
     generation_config: Mapping[str, Any]
-    created: int
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Worker:
         self.state: State = "loading"
         self._grammars: GrammarSource | None = None
         self._loaded: Future[None] = Future()
+        self.failed: Future[None] = Future()  # done once the engine has failed for good, and everybody was told
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Request, Job] = {}
         self._embeddings = EmbeddingQueue()
@@ -98,16 +100,21 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
+        """Requests that have no slot yet."""
         return max(0, self.live - self.running)
 
-    def generate(self, prompt: Sequence[int], params: SamplingParams, *, timeout: float | None = None) -> Generation:
-        """Queue a prompt. Raises ApiError: 400 for one that cannot be, 429 where too many wait, 503 if closed."""
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, timeout: float | None = None, min_tokens: int = 0
+    ) -> Generation:
+        """Queue a prompt. Raises ApiError: 400 for one that cannot be, 429 where too many wait, 503 if closed.
+
+        Stop strings count behind the first `min_tokens` tokens.
+        """
         self._check_open()
-        self._check_prompt(prompt)
+        self._check_prompt(prompt, "prompt")
         if self.live >= self._most:
             raise _busy(self.live)
-        job = Job(prompt, params, timeout, TextStream(self.tokenizer, params.stop))
+        job = Job(prompt, params, timeout, TextStream(self.tokenizer, params.stop, min_tokens))
         if self._metrics is not None:
             job.metrics = self._metrics.on_request(len(prompt), params.max_tokens)
         self._submitted += 1
@@ -129,7 +136,7 @@ class Worker:
         """A vector of length 1 for each prompt. Raises ApiError as `generate` does."""
         self._check_open()
         for prompt in prompts:
-            self._check_prompt(prompt)
+            self._check_prompt(prompt, "input")
         if self.live >= self._most:
             raise _busy(self.live)
         self._submitted += 1
@@ -156,19 +163,12 @@ class Worker:
         if self.state != "ready":
             raise ApiError(503, f"{self.name} is not loaded; try again", headers={"Retry-After": RETRY_SECONDS})
 
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise invalid("the prompt is empty", param="prompt")
-        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
-            raise invalid(
-                f"the prompt has token {max(prompt, key=abs)}, the vocabulary has {self.vocab_size}", param="prompt"
-            )
-        if len(prompt) > self.max_context:
-            raise invalid(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+    def _check_prompt(self, prompt: Sequence[int], param: str) -> None:
+        try:
+            check_prompt(prompt, self.vocab_size, 0, self.max_context)
+        except UserError as error:
+            code = "context_length_exceeded" if len(prompt) > self.max_context else None
+            raise invalid(str(error), param=param, code=code) from error
 
     # What happens in the worker's thread.
 
@@ -192,14 +192,16 @@ class Worker:
         except BaseException:
             log.exception("the worker of %s has failed", self.name)
             self.state = "dead"
-        self._leave()
+        self._tell_all()
+        if self.state == "dead":
+            self.failed.set_result(None)
+        self._free()
 
     def _open(self) -> None:
         self._model, self.tokenizer = self._load()
         self.vocab_size = self._model.config.vocab_size
         self.hidden_size = self._model.config.hidden_size
         self.generation_config = self._model.generation_config
-        self.created = int(time.time())
         self._start_engine()
         if self._metrics is not None:
             self._metrics.watch(lambda: self.running, lambda: self.waiting, lambda: self.cache_usage)
@@ -215,8 +217,8 @@ class Worker:
         self.running = engine.running
         self.cache_usage = 1 - engine.free_positions / engine.positions if engine.positions else 0.0
 
-    def _leave(self) -> None:
-        """Tell everybody, those too whose requests are in the queue yet, and free the memory."""
+    def _tell_all(self) -> None:
+        """That it is over, those too whose requests are in the queue yet."""
         for job in list(self._jobs.values()):
             self._end(job, self._gone())
         with suppress(Empty):
@@ -226,8 +228,13 @@ class Worker:
         if self._metrics is not None:
             self._metrics.unwatch()
         self.running, self.cache_usage = 0, 0.0
+
+    def _free(self) -> None:
         device = self._model.device
-        self.__dict__.pop("_engine", None)
+        if "_engine" in self.__dict__:
+            with suppress(RuntimeError):  # of a device that has failed
+                self._engine.close()
+            del self._engine
         del self._model
         gc.collect()
         empty_cache(device)
@@ -287,6 +294,7 @@ class Worker:
             self._recover(broken)
             return
         self.steps += 1
+        check_device(produced, self._model.device)
         self._send([(job, self._piece(request, job)) for request in produced if (job := self._jobs.get(request))])
 
     def _stepped(self) -> "tuple[list[Request], str | None]":
@@ -364,6 +372,7 @@ class Worker:
         self._failures.append(now)
         if len(self._failures) == _MOST_FAILURES and now - self._failures[0] < _FAILURE_SECONDS:
             raise RuntimeError(f"the engine failed {_MOST_FAILURES} times in {_FAILURE_SECONDS:g} s")
+        self._engine.close()
         del self._engine
         gc.collect()
         empty_cache(self._model.device)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -28,9 +29,9 @@ ENDLESS = {"prompt": "import os", "max_tokens": 1800, "ignore_eos": True, "strea
 class Served:
     """The process, where it listens, and what it logs."""
 
-    def __init__(self, *options: str, **environment: str) -> None:
+    def __init__(self, *options: str, program: Sequence[str] = ("-m", "gfxlm"), **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gfxlm", "serve", "--port", "0", *options],
+            [sys.executable, *program, "serve", "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -67,8 +68,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*options: str, **environment: str) -> Iterator[Served]:
-    running = Served(*options, **environment)
+def served(*options: str, program: Sequence[str] = ("-m", "gfxlm"), **environment: str) -> Iterator[Served]:
+    running = Served(*options, program=program, **environment)
     try:
         yield running
     finally:
@@ -112,6 +113,85 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert server.ended() == 0
         assert "Traceback" not in server.log
+
+
+def test_a_second_signal_cuts_off_at_once() -> None:
+    with served() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=ENDLESS) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.process.send_signal(signal.SIGINT)
+            while "ending" not in server.log:
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGINT)
+            *_, last = [line for line in lines if line]
+        assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert server.ended() == 0
+        assert "Traceback" not in server.log
+
+
+LOADING = """
+import torch
+from gfxlm.cli import main
+from gfxlm.engine.engine import Engine
+
+def warms_up_for_ever(self):
+    print("warming up", flush=True, file=__import__("sys").stderr)
+    while True:
+        torch.ones(64, 64) @ torch.ones(64, 64)
+
+Engine.warm_up = warms_up_for_ever
+main()
+"""
+
+
+def test_a_signal_while_it_loads_ends_it_in_order() -> None:
+    with served(program=("-c", LOADING)) as server:
+        while "warming up" not in server.log:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == 0, server.log
+
+
+BREAKING = """
+import sys
+from gfxlm.cli import main
+from gfxlm.engine.engine import Engine
+
+step = Engine.step
+
+def breaks_at_a_third_token(self):
+    produced = step(self)
+    if any(len(request.tokens) == 3 for request in produced):
+        raise ZeroDivisionError(f"injected; {sys.getswitchinterval()} s")
+    return produced
+
+Engine.step = breaks_at_a_third_token
+main()
+"""
+
+
+def test_an_engine_that_fails_for_good_ends_the_process() -> None:
+    body = {"prompt": "import os", "max_tokens": 8, "ignore_eos": True}
+    with (
+        served("--max-concurrency", "2", program=("-c", BREAKING)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        server.until_ready(client)
+        for _ in range(2):
+            assert client.post("/v1/completions", json=body).status_code == 500
+            server.until_ready(client)
+        # Two of these run as it fails for the third time, the others wait.
+        answers = list(pool.map(lambda _: client.post("/v1/completions", json=body), range(8)))
+        assert {answer.status_code for answer in answers} <= {500, 503}
+        assert all(answer.json()["error"]["message"] for answer in answers)
+        with contextlib.suppress(httpx.TransportError):  # it may have ended by now
+            assert client.get("/health").status_code == 503
+        assert server.ended() == 1
+        assert "failed 3 times" in server.log
+        assert "injected; 0.0005 s" in server.log  # for so long at most, the engine waits for other threads
+        assert "to be started again" in server.log
 
 
 def test_tls_and_keys(tmp_path: Path) -> None:
@@ -179,16 +259,24 @@ def test_a_port_that_is_taken_is_said() -> None:
         (["--chat-template", "x"], "the model's own"),
         (["--use-default-chat-template"], "the model's own"),
         (["--pipeline"], "one device"),
+        (["--request-timeout", "-1"], "--request-timeout"),
+        (["--request-timeout", "0"], "no time for any request"),
+        (["--tool-parser", "bogus"], "qwen3_coder"),
+        (["--served-model-name", ""], "--served-model-name: is empty"),
+        (["--allowed-origins", "https://a.example,b.example"], "'b.example'"),
+        (["--allowed-origins", "https://a.example/"], "'https://a.example/'"),
     ],
 )
 def test_a_bad_option_is_one_line(options: list[str], says: str) -> None:
     assert says in complaint("serve", "--port", "0", *options)
 
 
-def test_keys_come_from_everywhere(tmp_path: Path) -> None:
+def test_keys_come_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFXLM_API_KEY", "sk-3\n")
     file = tmp_path / "keys"
     file.write_text("# a comment\n  sk-1  \n\nsk-2\n")
-    assert HttpOptions(api_key=["sk-0"], api_key_file=file).keys() == ("sk-0", "sk-1", "sk-2")
+    assert HttpOptions(api_key=["sk-0"], api_key_file=file).keys() == ("sk-0", "sk-3", "sk-1", "sk-2")
+    monkeypatch.delenv("GFXLM_API_KEY")
     assert HttpOptions().keys() == ()
     file.write_text("# nothing\n")
     with pytest.raises(UserError, match="holds no key"):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from gfxlm.device.graph import Graph, shared_pool
+from gfxlm.device.graph import Graph, Pool, shared_pool
 
 
 def test_switched_off_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     return Recording
+
+
+def test_a_pool_that_is_renewed_is_another_one(recorder: type[Recording]) -> None:
+    pool = Pool()
+    before = pool.handle
+    pool.renew()
+    assert pool.handle is not before
 
 
 class Held:
@@ -65,7 +73,7 @@ class Held:
 def test_a_graph_that_was_reset_holds_nothing(refuses: bool, recorder: type[Recording]) -> None:
     recorder.refuses = refuses
     held = Held()
-    graph, gone = Graph(held.grow, torch.device("cuda"), pool=object()), weakref.ref(held)
+    graph, gone = Graph(held.grow, torch.device("cuda"), pool=Pool()), weakref.ref(held)
     with pytest.warns(UserWarning, match="this driver records nothing") if refuses else nullcontext():
         graph.capture()
     graph.replay()

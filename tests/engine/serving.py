@@ -1,4 +1,4 @@
-"""Requests that come while others run, over one engine."""
+"""Requests over one engine, to their ends."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,18 @@ from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 
 
+def finish(engine: Engine) -> list[Request]:
+    """Run all that wait and run to their ends; what `step` returned."""
+    seen: list[Request] = []
+    for _ in range(3000):
+        if not engine.busy:
+            return seen
+        seen += engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
 def serve(engine: Engine, lengths: Sequence[tuple[int, int]]) -> list[Request]:
-    """Run requests of so many prompt tokens and answers of so many, every other one sampled, to their ends."""
+    """Requests that come while others run: of so many prompt tokens and answers of so many, every other one sampled."""
     requests = []
     for number, (length, most) in enumerate(lengths):
         prompt = [(number * 7 + i * i) % 4000 for i in range(length)]
@@ -16,7 +26,6 @@ def serve(engine: Engine, lengths: Sequence[tuple[int, int]]) -> list[Request]:
         requests.append(engine.add(prompt, params))
         if number % 2:
             engine.step()
-    while engine.busy:
-        engine.step()
+    finish(engine)
     assert not any(request.error for request in requests)
     return requests

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from hypothesis import strategies as st
 import gfxlm
 from gfxlm.device.memory import parsed_bytes, taken_bytes
 from gfxlm.engine import budget as budgets
+from gfxlm.engine import engine as engines
 from gfxlm.engine.budget import Budget, explain_out_of_memory, is_out_of_memory, planned, remaining
+from gfxlm.engine.drafters import DraftModel, PromptLookup
+from gfxlm.engine.engine import Engine
 from gfxlm.engine.tokenizer import Tokenizer
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 from gfxlm.models.load import build, load_model
-from gfxlm.nn.cache import KVFormat
+from gfxlm.nn.cache import Cache, KVFormat
 from gfxlm.weights.checkpoint import Checkpoint
 from tests.checkpoints import mlx_checkpoint
 from tests.engine.test_info import QWEN3_8B, QWEN3_CODER_NEXT, headers
@@ -148,19 +152,19 @@ def test_caches_in_what_there_is(loaded: tuple[CausalLM, Tokenizer], monkeypatch
         monkeypatch.setattr(budgets, "available_bytes", lambda *_: plan.needed(positions) - plan.weights)
 
     room(3000, 4)
-    assert budgets.make_cache(model, 4, 700).pages is None
-    cache = budgets.make_cache(model, 4, 1000)
+    assert budgets.make_cache(model, remaining(model, slots=4), 700).pages is None
+    cache = budgets.make_cache(model, remaining(model, slots=4), 1000)
     assert cache.pages is not None
     assert (cache.max_context, cache.pages.count) == (1000, 3000 // cache.pages.size)
     assert cache.nbytes <= 3000 * remaining(model).position + cache.pages.table.nbytes
     room(600, 4)
     with pytest.warns(UserWarning, match="shortened to 600 tokens instead of 1000"):
-        assert budgets.make_cache(model, 4, 1000).max_context <= 600
+        assert budgets.make_cache(model, remaining(model, slots=4), 1000).max_context <= 600
     with pytest.raises(UserError, match="what would fit: a context of 600 tokens"):
-        budgets.make_cache(model, 4, 1000, exact=True)
+        budgets.make_cache(model, remaining(model, slots=4), 1000, exact=True)
     room(100, 4)
     with pytest.raises(UserError, match=r"for 256 tokens.*a context of 100 tokens"):
-        budgets.make_cache(model, 4, 1000)
+        budgets.make_cache(model, remaining(model, slots=4), 1000)
 
 
 def test_what_does_not_fit_is_not_loaded() -> None:
@@ -235,3 +239,37 @@ def test_torchs_own_error_is_recognised() -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.empty(1 << 60, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
     assert is_out_of_memory(caught.value)
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> tuple[CausalLM, Tokenizer]:
+    return gfxlm.load(mlx_checkpoint("qwen3_next"))
+
+
+def test_an_engine_counts_its_drafter(hybrid: tuple[CausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = hybrid
+    asked: list[Budget] = []
+    make = engines.make_cache
+
+    def made(model: CausalLM, budget: Budget, *args: Any, **named: Any) -> Cache:
+        asked.append(budget)
+        return make(model, budget, *args, **named)
+
+    monkeypatch.setattr(engines, "make_cache", made)
+    plain = remaining(model, slots=2, prefill_step_size=64)
+    for drafter, states, positions in ((None, 1, 1), (PromptLookup(3), 2, 1), (DraftModel(model), 4, 2)):
+        Engine(model, max_batch=2, max_context=64, prefill_step_size=64, drafter=drafter)
+        budget = asked.pop()
+        assert (budget.slots, budget.state, budget.position) == (2, states * plain.state, positions * plain.position)
+    Engine(model, max_batch=2, max_context=64, budget=plain)
+    assert asked == [plain]
+
+
+def test_memory_is_looked_at_once(hybrid: tuple[CausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    look = budgets.available_bytes
+    monkeypatch.setattr(budgets, "available_bytes", lambda *given: looks.append(given) or look(*given))
+    for generate in (gfxlm.generate, gfxlm.batch_generate):
+        looks.clear()
+        generate(*hybrid, [5, 6] if generate is gfxlm.generate else [[5, 6], [7]], max_tokens=2)
+        assert len(looks) == 1

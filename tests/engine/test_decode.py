@@ -1,29 +1,28 @@
 """Decode steps that are launched ahead, against the plain engine: the same tokens, however requests come and go."""
 
 from collections.abc import Callable
+from typing import ClassVar, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from gfxlm.engine import decode
+from gfxlm.device.graph import Pool
+from gfxlm.engine import decode, prefill
 from gfxlm.engine.decode import DecodeStep
 from gfxlm.engine.engine import Engine
 from gfxlm.engine.load import load
 from gfxlm.engine.logprobs import Draw
 from gfxlm.engine.params import SamplingParams
+from gfxlm.engine.prefill import PrefillStep
 from gfxlm.engine.request import Request
 from gfxlm.models.base import CausalLM
+from tests.engine.serving import finish
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
     return load("builtin", dtype=torch.float32, device="cpu")[0]
-
-
-def finish(engine: Engine) -> None:
-    while engine.busy:
-        engine.step()
 
 
 def serve(model: CausalLM, overlap: bool, *, temperature: float = 0.8) -> list[Request]:
@@ -100,14 +99,21 @@ def test_launches_ahead(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> Non
 class Recorded:
     """A graph as if there were a GPU: a replay does nothing in Python, and results lie where they lay."""
 
+    made: ClassVar[list["Recorded"]] = []
+    resets = 0
+
     def __init__(self, function: Callable[[], None], *_: object, **__: object) -> None:
         self._function = function
+        self.made.append(self)
 
     def capture(self) -> None:
         self._function()
 
     def replay(self) -> None:
         pass
+
+    def reset(self) -> None:
+        self.resets += 1
 
 
 class ByKey:
@@ -127,8 +133,30 @@ def test_log_probabilities_are_those_of_the_recording_that_ran(
     monkeypatch.setattr(decode, "Graph", Recorded)
     monkeypatch.setattr(DecodeStep, "_forward", lambda self, bucket: None)
     sampler = ByKey()
-    step = DecodeStep(model, model.make_cache(1, 8), sampler, pool=object())
+    step = DecodeStep(model, model.make_cache(1, 8), sampler, pool=cast(Pool, object()))
     for key, value in [("ones", 1), ("none", None), ("ones", 1), ("twos", 2), ("ones", 1), ("none", None)]:
         sampler.graph_key = key
         logprobs = step.run([0]).read().logprobs
         assert (None if logprobs is None else logprobs.unique().item()) == value
+
+
+def test_a_reset_lets_go_of_every_recording(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (decode, prefill):
+        monkeypatch.setattr(module, "Graph", Recorded)
+    monkeypatch.setattr(DecodeStep, "_forward", lambda self, bucket: None)
+    monkeypatch.setattr(PrefillStep, "_forward", lambda self, chunk: None)
+    pool = cast(Pool, object())
+    steps = DecodeStep(model, model.make_cache(3, 8), ByKey(), pool)
+    chunks = PrefillStep(model, model.make_cache(3, 64), 64, pool)
+    with torch.inference_mode():
+        for _ in range(2):
+            monkeypatch.setattr(Recorded, "made", [])
+            steps.warm_up()
+            steps.run([0, 2])
+            chunks.warm_up()
+            chunks.run([1, 2], [0], [2])
+            # Steps of 1, 2 and 3 rows, their heads and their sampling; chunks of 16, 32, 48 and 64 rows.
+            assert len(Recorded.made) == 3 * 3 + 4
+            steps.reset()
+            chunks.reset()
+            assert [graph.resets for graph in Recorded.made] == [1] * len(Recorded.made)

@@ -1,3 +1,5 @@
+"""Vectors of texts: chunks change nothing, and what fails is told."""
+
 import pytest
 import torch
 

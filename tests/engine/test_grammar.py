@@ -195,6 +195,14 @@ def test_bits(tokens: set[int], vocab_size: int) -> None:
     assert int(banned.isinf().sum()) == vocab_size - len(kept)
 
 
+def test_many_masks_are_those_of_each(grammars: Grammars) -> None:
+    wanted = [Grammar("regex", f"[a-{chr(98 + i)}]{{2}}", after=[None, 65][i % 5 == 4]) for i in range(20)]
+    matchers = [grammars.matcher(grammar) for grammar in wanted]
+    alone = torch.cat([grammars.masks([matcher]) for matcher in matchers])
+    assert torch.equal(grammars.masks(matchers), alone)
+    assert len(alone.unique(dim=0)) == 17  # those that are free have the same
+
+
 def test_nothing_banned_comes_through_at_temperature_5(grammars: Grammars) -> None:
     grammar = Grammar("regex", "([0-9a-f]{2} ?)*")
     matchers = [grammars.matcher(grammar) for _ in range(8)]

@@ -1,5 +1,7 @@
 """Chunks of prompts: how they are padded, and that a recorded one does what one fed at once does."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,8 @@ from tests.engine.serving import serve
 
 # Prompt lengths and lengths of answers: buckets that are full, not full, needed once and again, and several chunks.
 REQUESTS = [(5, 40), (1, 1), (17, 30), (300, 50), (40, 60), (9, 2), (128, 20)] * 3
+# The same in chunks of 32.
+FEWER = [(5, 10), (1, 1), (17, 8), (75, 12), (10, 15), (9, 2), (32, 5)]
 
 
 @given(st.integers(1, 100_000))
@@ -58,22 +62,24 @@ def test_fed_rows_are_the_models() -> None:
         assert torch.equal(fed.at([4])[0], hidden[1:])
 
 
-def texts(model: CausalLM, *, overlap: bool, warm: bool = False) -> list[list[int]]:
-    engine = Engine(model, max_batch=3, max_context=512, prefill_step_size=128, overlap=overlap)
+def texts(
+    model: CausalLM, requests: Sequence[tuple[int, int]], step: int, *, overlap: bool, warm: bool = False
+) -> list[list[int]]:
+    engine = Engine(model, max_batch=3, max_context=512, prefill_step_size=step, overlap=overlap)
     if warm:
         engine.warm_up()
-    return [request.tokens for request in serve(engine, REQUESTS)]
+    return [request.tokens for request in serve(engine, requests)]
 
 
 def test_prompts_beside_decode_steps_give_the_same_text() -> None:
     model, _ = load("builtin", device="cpu", dtype=torch.float32)
-    assert texts(model, overlap=True, warm=True) == texts(model, overlap=False)
+    assert texts(model, FEWER, 32, overlap=True, warm=True) == texts(model, FEWER, 32, overlap=False)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_chunks_give_the_same_text() -> None:
     model, _ = load("builtin", device="cuda", dtype=torch.float32)
-    wanted = texts(model, overlap=False)
+    wanted = texts(model, REQUESTS, 128, overlap=False)
     for warm in (False, True):
-        assert texts(model, overlap=True, warm=warm) == wanted
+        assert texts(model, REQUESTS, 128, overlap=True, warm=warm) == wanted

@@ -18,6 +18,7 @@ from gfxlm.errors import UserError
 from gfxlm.models import base
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import RecurrentCache
+from tests.engine.serving import finish
 
 PAGE, CONTEXT, STEP = 16, 192, 64
 FAMILIES = ["qwen3_next", "qwen3", "qwen3_moe"]
@@ -60,14 +61,6 @@ def engine_for(model: CausalLM, *, prefix_cache: bool = True, overlap: bool = Fa
         overlap=overlap,
         **more,
     )
-
-
-def finish(engine: Engine) -> None:
-    for _ in range(3000):
-        if not engine.busy:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
 
 
 def ask(engine: Engine, *prompts: list[int], most: int = 8, **more) -> list[Request]:  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import Request
 from gfxlm.models.base import CausalLM
 from gfxlm.models.base import page_size as page_size_of
+from tests.engine.serving import finish
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -31,11 +32,6 @@ def engine_for(model: CausalLM, *, prefix_cache: bool, invariant: bool = True) -
         prefix_cache=prefix_cache,
         batch_invariant=invariant,
     )
-
-
-def finish(engine: Engine) -> None:
-    while engine.busy:
-        engine.step()
 
 
 def logprobs(engine: Engine, prompt: list[int]) -> tuple[int, list[Tensor]]:

@@ -191,19 +191,19 @@ def test_sequences_share_what_there_is(dense: Loaded, monkeypatch: pytest.Monkey
     monkeypatch.setattr(budgets, "available_bytes", lambda *_: plan.needed(room) - plan.weights)
     with tuning.override("pages", {"page_size": 16}):
         room = 400
-        cache = budgets.make_cache(model, 4, 1000)
+        cache = budgets.make_cache(model, remaining(model, slots=4), 1000)
         assert (cache.pages, cache.max_context, cache.ring) == (None, 1000, Ring(100))
         room = 300
-        cache = budgets.make_cache(model, 4, 1000)
+        cache = budgets.make_cache(model, remaining(model, slots=4), 1000)
         assert cache.pages is not None
         assert (cache.pages.count, cache.max_context, cache.ring) == (300 // 16, 1000, Ring(100))
         assert [cache.reserve(slot, 1000) for slot in range(3)] == [True, True, False]
         room = 90
         with pytest.raises(UserError, match=r"keys and values for 100 tokens.*what would fit: a context of 90 tokens"):
-            budgets.make_cache(model, 4, 1000)
+            budgets.make_cache(model, remaining(model, slots=4), 1000)
         # Too little for a ring, enough for a short context.
         model = dense[0].with_rotating_kv(400)
         plan, room = remaining(model, slots=4), 300
         with pytest.warns(UserWarning, match="shortened to 300 tokens instead of 1000"):
-            cache = budgets.make_cache(model, 4, 1000)
+            cache = budgets.make_cache(model, remaining(model, slots=4), 1000)
         assert (cache.max_context, cache.ring) == (272, None)

@@ -15,6 +15,7 @@ from gfxlm.engine.scheduler import _shares
 from gfxlm.errors import BusyError
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import RecurrentCache
+from tests.engine.serving import finish
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,6 @@ def engine_for(model: CausalLM, *, slots: int = 2, step: int = 32, overlap: bool
 
 def add(engine: Engine, length: int, most: int = 4, timeout: float | None = None) -> Request:
     return engine.add([i % 400 for i in range(length)], SamplingParams(max_tokens=most), timeout=timeout)
-
-
-def finish(engine: Engine) -> None:
-    for _ in range(2000):
-        if not engine.busy:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
 
 
 def check_empty(engine: Engine) -> None:

@@ -17,6 +17,7 @@ from gfxlm.models import base
 from gfxlm.models.base import CausalLM
 from gfxlm.nn.cache import Cache
 from gfxlm.ops.ragged import Slots
+from tests.engine.serving import finish
 
 POISON = 401
 PROMPTS = [[(3 * i + n) % 400 for i in range(10 + 30 * n)] for n in range(4)]
@@ -56,16 +57,6 @@ def wanted(model: CausalLM) -> list[list[int]]:
 
 def add(engine: Engine, prompt: list[int]) -> Request:
     return engine.add(prompt, SamplingParams(max_tokens=6))
-
-
-def finish(engine: Engine) -> list[Request]:
-    """All that `step` returned."""
-    seen = []
-    for _ in range(500):
-        if not engine.busy:
-            return seen
-        seen += engine.step()
-    raise AssertionError("the engine does not come to an end")
 
 
 def check(engine: Engine, wanted: list[list[int]], texts: Mapping[Request, list[int] | None]) -> None:

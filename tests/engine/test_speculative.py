@@ -46,6 +46,9 @@ class Told:
     def warm_up(self) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         self._known[slot] = list(tokens)
 

@@ -108,6 +108,9 @@ class Scripted:
     def warm_up(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def add(self, prompt: Sequence[int], params: SamplingParams, **_: Any) -> Request:
         if params.grammar is not None:
             self.grammars.check(params.grammar)

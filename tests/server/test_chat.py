@@ -171,10 +171,11 @@ def test_parallel_calls() -> None:
         calls = post(live, tools=[WEATHER]).json()["choices"][0]["message"]["tool_calls"]
         assert len(calls) == 2
         assert calls[0]["id"] != calls[1]["id"]
+        engine.pause = 0.002  # so that it has not said all before it is stopped
         choice = post(live, tools=[WEATHER], parallel_tool_calls=False).json()["choices"][0]
         assert len(choice["message"]["tool_calls"]) == 1
         assert choice["finish_reason"] == "tool_calls"
-        assert engine.finished == engine.asked[-1:]
+        live.wait(lambda: engine.finished == engine.asked[-1:])
         # Nothing stands between two calls that a grammar has let through but a line break.
         body = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
         assert "the grammar forbids" in post(live, **body).text
@@ -282,13 +283,17 @@ def tool_of(parameters: dict[str, Any]) -> dict[str, Any]:
     ("body", "message"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: Input"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: Input should be a valid string; or: "),
+        ({"reasoning_effort": "much"}, "reasoning_effort: Input should be 'none', 'minimal'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "'image_url'",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs a text"),
-        ({"tools": [{"type": "custom"}]}, "Input should be 'function'"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type: Input should be 'function'"),
+        ({"tools": [WEATHER, {"type": "function"}]}, "tools[1].function: Field required"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice: Input should be 'none', 'auto' or 'required'; or: "),
         ({"tools": [WEATHER, WEATHER]}, "several of the name 'get_weather'"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool 'x'"),
         ({"tool_choice": "required"}, "there are no tools"),
@@ -300,7 +305,7 @@ def tool_of(parameters: dict[str, Any]) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "no schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, "nonsense"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "must have one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs: must have one of"),
         ({"structured_outputs": {"regex": "("}}, "regex"),
         ({"grammar": "root ::= ("}, "not GBNF"),
         ({"grammar": "x", "json_schema": {}}, "does not go together"),
@@ -333,6 +338,18 @@ def refusing() -> Any:
 def test_unknown_fields_are_told() -> None:
     with scripted("hermes", "Hi") as (live, _):
         assert post(live, verbosity="low").headers["Warning"] == '299 gfxlm "ignored: verbosity"'
+
+
+def test_unknown_fields_of_messages_and_tools_are_told_unless_they_are_null() -> None:
+    messages = [
+        {"role": "user", "content": "a", "weight": 1},
+        {"role": "assistant", "content": "b", "refusal": None, "audio": None},
+        {"role": "user", "content": "c"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "cache": 1}}]
+    with scripted("hermes", "Hi") as (live, _):
+        told = post(live, messages=messages, tools=tools, audio=None).headers["Warning"]
+    assert told == '299 gfxlm "ignored: messages[0].weight, tools[0].function.cache"'
 
 
 def test_who_leaves_ends_all_answers() -> None:

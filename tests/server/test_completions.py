@@ -162,3 +162,42 @@ def test_a_text_has_the_form_that_is_asked_for(server: LiveServer) -> None:
     assert answer["finish_reason"] == "stop"
     choice = ask(server, structured_outputs={"choice": ["yes", "no"]})["choices"][0]["text"]
     assert choice in ("yes", "no")
+
+
+def test_a_text_has_min_tokens_at_least(server: LiveServer, builtin: tuple[CausalLM, Tokenizer]) -> None:
+    (end,) = builtin[1].eos_token_ids
+    soon = {"logit_bias": {str(end): 100}, "max_tokens": 12}  # it ends as early as it may
+    for least, tokens in ((0, 0), (1, 1), (5, 5)):
+        answer = ask(server, min_tokens=least, logprobs=0, **soon)
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) == tokens
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == tokens + 1
+    assert ask(server, min_tokens=12, **soon)["choices"][0]["finish_reason"] == "length"
+    free = ask(server, max_tokens=12, ignore_eos=True)["choices"][0]["text"]
+    assert ask(server, max_tokens=12, min_tokens=4, ignore_eos=True)["choices"][0]["text"] == free
+
+
+def test_stop_strings_count_behind_min_tokens(server: LiveServer) -> None:
+    logprobs = ask(server, max_tokens=12, ignore_eos=True, logprobs=0)["choices"][0]["logprobs"]
+    tokens = logprobs["tokens"]
+    options = {"max_tokens": 12, "ignore_eos": True, "stop": tokens[2]}
+    assert "".join(tokens).index(tokens[2]) < len("".join(tokens[:4]))
+    answer = ask(server, min_tokens=4, **options)["choices"][0]
+    assert answer["text"].startswith("".join(tokens[:4]))
+    assert len(ask(server, **options)["choices"][0]["text"]) < len(answer["text"])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"min_tokens": 20, "max_tokens": 10}, "more than max_tokens, 10"),
+        ({"min_tokens": -1}, "greater than or equal to 0"),
+        ({"min_tokens": 2, "grammar": 'root ::= "a"'}, "does not go with structured output"),
+    ],
+)
+def test_min_tokens_that_cannot_be(server: LiveServer, body: dict[str, Any], says: str) -> None:
+    with server.client() as client:
+        response = client.post("/v1/completions", json={"prompt": PROMPT, **body})
+    assert response.status_code == 400
+    assert says in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "min_tokens"

@@ -1,3 +1,5 @@
+"""/v1/embeddings, by the official client too."""
+
 import base64
 import math
 import struct
@@ -53,7 +55,7 @@ def test_tokens_and_pooling(server: LiveServer) -> None:
     [
         ({}, "input"),
         ({"input": []}, "input"),
-        ({"input": [5] * 2049}, "prompt"),
+        ({"input": [5] * 2049}, "input"),
         ({"input": "a", "dimensions": 8}, "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ({"input": "a", "pooling": "max"}, "pooling"),

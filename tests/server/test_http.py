@@ -58,7 +58,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": "a", "temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"prompt": "a", "top_p": 2}, "top_p", "less than or equal to 1"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "20"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "integer"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "logit_bias.x: Input should be a valid integer"),
         ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias", "no token"),
         ({"prompt": "a", "stop": [""]}, "stop", "not empty"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", "no schema"),
@@ -94,6 +94,23 @@ def test_a_bad_field_is_a_400_that_names_it(client: httpx.Client, body: dict[str
 def test_a_malformed_body_is_a_400(client: httpx.Client, text: str) -> None:
     headers = {"Content-Type": "application/json"}
     error_of(client.post("/v1/completions", content=text, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b'{"prompt": "\xff"}', "can't decode byte"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"prompt": ' + b"[" * 10**5, "recursion"),
+    ],
+    ids=["not UTF-8", "a long number", "deep"],
+)
+def test_a_body_that_cannot_be_parsed_says_why(client: httpx.Client, text: bytes, says: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    message = error_of(client.post("/v1/completions", content=text, headers=headers), 400)["message"]
+    assert message.startswith("the body is not valid JSON: ")
+    assert says in message
+    assert "sys." not in message
 
 
 def test_a_body_of_another_type_is_told_what_is_wanted(client: httpx.Client) -> None:
@@ -147,6 +164,7 @@ def test_models_are_listed_under_names_and_aliases(client: httpx.Client, server:
 def test_health_and_version(client: httpx.Client) -> None:
     for path in ("/health", "/v1/health"):
         assert client.get(path).json() == {"status": "ok"}
+        assert client.head(path).status_code == 200
     assert client.get("/version").json() == {"version": __version__}
 
 
@@ -161,9 +179,8 @@ def test_ids_are_the_clients_own_or_made(client: httpx.Client) -> None:
 
 def test_all_but_health_and_the_page_wants_a_key(guarded: LiveServer) -> None:
     with guarded.client() as client:
-        for path in ("/health", "/v1/health"):
+        for path in ("/health", "/v1/health", "/", "/page/main.js"):
             assert client.get(path).status_code == 200
-        assert client.get("/").status_code in (200, 404)
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nope"):
             response = client.get(path)
             assert error_of(response, 401)["code"] == "invalid_api_key"
@@ -189,7 +206,7 @@ def test_anthropics_routes_have_anthropics_errors(guarded: LiveServer) -> None:
     answer = response.json()
     assert answer["type"] == "error"
     assert answer["error"]["type"] == "authentication_error"
-    assert answer["request_id"] == response.headers["x-request-id"]
+    assert answer["request_id"] == response.headers["x-request-id"] == response.headers["request-id"]
 
 
 def test_only_named_origins_may_ask(guarded: LiveServer, client: httpx.Client) -> None:
@@ -223,6 +240,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(guarded: LiveServ
         connection.putheader(name, value)
     connection.endheaders()
     assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_a_body_of_unknown_length_is_cut_off_where_it_is_too_large(guarded: LiveServer) -> None:
@@ -237,16 +255,20 @@ def test_a_body_of_unknown_length_is_cut_off_where_it_is_too_large(guarded: Live
 
 
 def test_a_line_is_logged_for_each_request_and_never_the_text(
-    client: httpx.Client, caplog: pytest.LogCaptureFixture
+    client: httpx.Client, server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = logging.getLogger("gfxlm.server.requests")
-    with caplog.at_level(logging.DEBUG, logger.name):
+    def logged_of(*ids: str) -> list[dict[str, Any]]:
+        entries = [record.__dict__["fields"] for record in caplog.records]
+        return [entry for entry in entries if entry["id"] in ids]
+
+    with caplog.at_level(logging.DEBUG, "gfxlm.server.requests"):
         answer = client.post(
             "/v1/completions", json={"prompt": "a secret", "n": 2, "user": "a secret"}, headers={"x-request-id": "id-7"}
         )
-        client.get("/v1/models/a-secret")
+        client.get("/v1/models/a-secret", headers={"x-request-id": "id-8"})
+        server.wait(lambda: len(logged_of("id-7", "id-8")) == 2)  # a line comes after its answer
     text = answer.json()["choices"][0]["text"]
-    first, second = (record.__dict__["fields"] for record in caplog.records)
+    first, second = logged_of("id-7", "id-8")
     assert first["id"] == "id-7"
     assert (first["method"], first["route"], first["status"], first["model"]) == (
         "POST",
@@ -266,9 +288,9 @@ def test_prompts_are_logged_where_that_is_wanted(
     make_spec: Callable[..., ModelSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        serving([make_spec()], log_prompts=True) as live,
-        live.client() as client,
         caplog.at_level(logging.INFO, "gfxlm.server.requests"),
+        serving([make_spec()], log_prompts=True) as live,  # whose end waits for the line
+        live.client() as client,
     ):
         client.post("/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
     assert "a secret" in caplog.records[-1].__dict__["fields"]["body"]

@@ -177,12 +177,16 @@ def test_errors_in_anthropics_shape() -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image' are not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "needs a string tool_use_id"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [1]}]}]}, "a string or blocks"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [1]}]}]},
+            "tool_result: must be a string or a list of parts",
+        ),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]}, "must be an object"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "needs a name"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"output_config": {"effort": "much"}}, "output_config.effort: Input"),
     ],
 )
 def test_what_cannot_be_done(body: dict[str, Any], message: str, refusing: LiveServer) -> None:

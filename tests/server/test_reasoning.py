@@ -6,12 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gfxlm.engine.tokenizer import THINK_TAGS
 from gfxlm.server.incremental import Incremental
-from gfxlm.server.reasoning import Reasoning, Thinking, split
+from gfxlm.server.reasoning import Reasoning, Thinking, split, think_tags
 from gfxlm.server.tools.tool import Content
 
 OUTSIDE = Thinking("<think>", "</think>", 1)
 INSIDE = Thinking("<think>", "</think>", 1, inside=True, expected=True)
+
+
+@pytest.mark.parametrize("tags", [*THINK_TAGS, ("<|channel>", "<channel|>")])
+def test_tags_are_those_of_the_tokenizer(tags: tuple[str, str]) -> None:
+    assert think_tags({*tags, "a"}) == tags
+    assert think_tags({tags[0]}) is None
 
 
 def read(pieces: Sequence[str], thinking: Thinking | None) -> tuple[str, str]:

@@ -145,7 +145,10 @@ def test_failures() -> None:
         ({"input": [{"role": "user", "content": [5]}]}, "must be a string or a list of parts"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": "required"}, "there are no tools"),
-        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "no schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text: type json_schema has no schema"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort: Input"),
+        ({"reasoning": {"summary": "short"}}, "reasoning.summary: Input"),
+        ({"include": ["message.output_text"]}, "include[0]: Input"),
     ],
 )
 def test_what_cannot_be_done(body: dict[str, Any], message: str, refusing: LiveServer) -> None:

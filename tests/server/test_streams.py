@@ -145,8 +145,20 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(narrow: LiveServer) 
 
 def test_n_texts_that_do_not_all_fit_leave_nothing_behind(narrow: LiveServer) -> None:
     with narrow.client() as client:
-        assert client.post("/v1/completions", json={"prompt": "a", "n": 3}).status_code == 429
-    narrow.wait(lambda: narrow.worker.live == 0)
+        with client.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True}) as first:
+            assert next(first.iter_lines()).startswith("data: ")
+            assert client.post("/v1/completions", json={"prompt": "a", "n": 2}).status_code == 429
+        narrow.wait(lambda: narrow.worker.live == 0)
+
+
+def test_more_texts_than_ever_fit_are_a_400(narrow: LiveServer) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "n": 3}
+    with narrow.client() as client:
+        for path, body in (("completions", {"prompt": "a", "n": 3}), ("chat/completions", chat)):
+            response = client.post(f"/v1/{path}", json=body)
+            assert response.status_code == 400
+            assert "at most 2" in response.json()["error"]["message"]
+            assert response.json()["error"]["param"] == "n"
 
 
 def test_a_deadline_before_anything_was_sent_is_a_504(server: LiveServer) -> None:

@@ -1,3 +1,5 @@
+"""/tokenize and /detokenize."""
+
 from typing import Any
 
 import httpx

@@ -1,91 +1,22 @@
-"""The worker's promises: no request is lost, none hurts another, nobody waits for one who does not read."""
+"""The worker's promises: every text is what it is alone, and nobody waits for one who does not read."""
 
 import asyncio
 import gc
 import threading
 import time
-import weakref
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import torch
 
-from gfxlm import generate, load
-from gfxlm.engine.engine import Engine
+from gfxlm import generate
 from gfxlm.engine.params import SamplingParams
-from gfxlm.engine.request import Request
-from gfxlm.engine.tokenizer import Tokenizer
-from gfxlm.models.base import CausalLM
 from gfxlm.server.errors import ApiError
-from gfxlm.server.generation import Generation, Piece, joined, merged
+from gfxlm.server.generation import Piece, joined
 from gfxlm.server.metrics import Metrics
-from gfxlm.server.opening import Opening
 from gfxlm.server.worker import Worker
-from tests.server.conftest import Loaded, alone
-
-PROMPT = [17, 300, 41]
-PENALTY = {"repetition_penalty": 1.15}  # what the model's generation_config.json says
-LONG = SamplingParams(max_tokens=400, logit_bias={0: float("-inf")})
-SHORT = SamplingParams(max_tokens=8, **PENALTY)
-
-
-async def text_of(generation: Generation) -> str:
-    return joined([piece async for piece in generation]).text
-
-
-def run_with(
-    builtin: Loaded,
-    test: Callable[[Worker], Awaitable[None]],
-    *,
-    make_engine: Callable[..., Engine] | None = None,
-    **options: Any,
-) -> None:
-    """Run a test over a worker, and see at its end that nobody is left in the engine."""
-
-    async def whole() -> None:
-        opening = Opening(max_concurrency=options.get("max_concurrency", 32))
-        worker = Worker("builtin", lambda: alone(builtin), make_engine or opening.make_engine, **options)
-        worker.start()
-        await worker.ready()
-        try:
-            await test(worker)
-            if worker.state == "ready":
-                await until(lambda: not worker.live)
-                await until(lambda: worker.running == 0)
-        finally:
-            await worker.close()
-
-    asyncio.run(whole())
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        await asyncio.sleep(0.002)
-
-
-class Faulty:
-    """An engine's step that raises when it is told to."""
-
-    def __init__(self) -> None:
-        self.faults = 0
-        self.engines: list[Engine] = []
-
-    def make(self, model: CausalLM, tokenizer: Tokenizer) -> Engine:
-        engine = Opening().make_engine(model, tokenizer)
-        step = engine.step
-
-        def faulty() -> list[Request]:
-            if self.faults and engine.running:
-                self.faults -= 1
-                raise ZeroDivisionError("injected")
-            return step()
-
-        engine.step = faulty  # type: ignore[method-assign]
-        self.engines.append(engine)
-        return engine
+from tests.server.conftest import Loaded
+from tests.server.workers import LONG, PENALTY, PROMPT, SHORT, run_with, text_of, until
 
 
 def test_many_texts_are_what_each_is_alone(builtin: Loaded) -> None:
@@ -99,7 +30,7 @@ def test_many_texts_are_what_each_is_alone(builtin: Loaded) -> None:
     run_with(builtin, test)
 
 
-@pytest.mark.parametrize("end", ["cancel", "aclose", "drop"])
+@pytest.mark.parametrize("end", ["cancel", "drop"])
 def test_a_cancelled_request_leaves_within_a_step(builtin: Loaded, end: str) -> None:
     async def test(worker: Worker) -> None:
         generation = worker.generate(PROMPT, LONG)
@@ -108,8 +39,6 @@ def test_a_cancelled_request_leaves_within_a_step(builtin: Loaded, end: str) -> 
         steps = worker.steps
         if end == "cancel":
             generation.cancel()
-        elif end == "aclose":
-            await generation.aclose()
         else:
             del generation
             gc.collect()
@@ -203,127 +132,6 @@ def test_a_stop_string_is_named_and_nothing_comes_after_it(builtin: Loaded) -> N
     run_with(builtin, test)
 
 
-def test_an_engine_that_breaks_fails_who_runs_and_begins_anew(builtin: Loaded) -> None:
-    faulty = Faulty()
-
-    async def test(worker: Worker) -> None:
-        running = [worker.generate(PROMPT, LONG) for _ in range(3)]
-        await anext(running[0])
-        faulty.faults = 1
-        for generation in running:
-            with pytest.raises(ApiError) as caught:
-                await text_of(generation)
-            assert caught.value.status == 500
-            assert "ZeroDivisionError" in caught.value.message
-        await until(lambda: len(faulty.engines) == 2 and worker.state == "ready")
-        assert await text_of(worker.generate(PROMPT, SHORT)) == generate(*builtin, PROMPT, max_tokens=8)
-
-    run_with(builtin, test, make_engine=faulty.make)
-
-
-def test_an_engine_that_breaks_again_and_again_is_given_up(builtin: Loaded) -> None:
-    faulty = Faulty()
-
-    async def test(worker: Worker) -> None:
-        for _ in range(3):
-            generation = worker.generate(PROMPT, LONG)
-            await anext(generation)
-            faulty.faults = 1
-            with pytest.raises(ApiError, match="engine failed"):
-                await text_of(generation)
-            await until(lambda: worker.state != "loading")
-        await until(lambda: worker.state == "dead")
-        assert worker.live == 0
-        with pytest.raises(ApiError) as caught:
-            worker.generate(PROMPT, SHORT)
-        assert caught.value.status == 503
-
-    run_with(builtin, test, make_engine=faulty.make)
-
-
-def test_a_text_that_cannot_be_decoded_fails_alone(builtin: Loaded) -> None:
-    async def test(worker: Worker) -> None:
-        good = worker.generate(PROMPT, SHORT)
-        bad = worker.generate(PROMPT, LONG)
-        bad._job.stream.add = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment,return-value]
-        with pytest.raises(ApiError) as caught:
-            await text_of(bad)
-        assert caught.value.status == 500
-        assert await text_of(good) == generate(*builtin, PROMPT, max_tokens=8)
-
-    run_with(builtin, test)
-
-
-def test_closing_ends_everything_that_runs_or_waits(builtin: Loaded) -> None:
-    async def test(worker: Worker) -> None:
-        generations = [worker.generate(PROMPT, LONG) for _ in range(4)]
-        embedding = asyncio.ensure_future(worker.embed([PROMPT] * 200, pooling="mean"))
-        await anext(generations[0])
-        await worker.close()
-        assert worker.state == "closed"
-        for generation in generations:
-            with pytest.raises(ApiError) as caught:
-                await text_of(generation)
-            assert caught.value.status == 503
-        with pytest.raises(ApiError):
-            await embedding
-        assert worker.live == 0
-        with pytest.raises(ApiError):
-            worker.generate(PROMPT, SHORT)
-
-    run_with(builtin, test, max_concurrency=2)
-
-
-def test_closing_frees_the_model() -> None:
-    models: list[weakref.ref[CausalLM]] = []
-
-    def fresh() -> Loaded:
-        loaded = alone(load("builtin"))
-        models.append(weakref.ref(loaded[0]))
-        return loaded
-
-    async def whole() -> None:
-        worker = Worker("builtin", fresh, Opening(max_concurrency=2).make_engine)
-        worker.start()
-        await worker.ready()
-        generation = worker.generate(PROMPT, LONG)
-        await anext(generation)
-        await worker.close()
-        with pytest.raises(ApiError):
-            await text_of(generation)
-        assert models[0]() is None
-
-    asyncio.run(whole())
-
-
-def test_requests_and_closing_at_the_same_time_lose_nobody(builtin: Loaded) -> None:
-    """Whoever got a generation gets an end of it, wherever the worker was when it closed."""
-
-    async def test(worker: Worker) -> None:
-        ends: list[int] = []
-
-        async def one() -> None:
-            try:
-                await text_of(worker.generate(PROMPT, SHORT))
-                ends.append(200)
-            except ApiError as error:
-                ends.append(error.status)
-
-        tasks: list[asyncio.Future[None]] = []
-        closing = None
-        while len(tasks) < 400:
-            tasks.append(asyncio.ensure_future(one()))
-            if ends and closing is None:
-                closing = asyncio.ensure_future(worker.close())
-            await asyncio.sleep(0 if ends else 0.005)
-        assert closing is not None
-        await asyncio.wait_for(asyncio.gather(closing, *tasks), 20)
-        assert len(ends) == 400
-        assert set(ends) == {200, 503}
-
-    run_with(builtin, test, max_queue=1000)
-
-
 def test_an_idle_worker_rests(builtin: Loaded) -> None:
     async def test(worker: Worker) -> None:
         await text_of(worker.generate(PROMPT, SHORT))
@@ -393,17 +201,6 @@ def test_a_prompt_that_was_read_before_is_not_read_again(builtin: Loaded) -> Non
         assert again.cached_tokens > 400
         assert again.timings["cache_n"] == again.cached_tokens
         assert again.timings["prompt_n"] == 800 - again.cached_tokens
-
-    run_with(builtin, test)
-
-
-def test_merged_closes_all_when_one_fails(builtin: Loaded) -> None:
-    async def test(worker: Worker) -> None:
-        generations = [worker.generate(PROMPT, LONG), worker.generate(PROMPT, LONG, timeout=0.05)]
-        with pytest.raises(ApiError):
-            async for _ in merged(generations):
-                pass
-        await until(lambda: not worker.live)
 
     run_with(builtin, test)
 

@@ -28,6 +28,8 @@ class Format(Protocol):
 FORMATS = ("hermes", "qwen3_coder", "llama", "mistral")
 # What mlx-lm and vLLM call them.
 _OTHER_NAMES = {"json_tools": "hermes", "qwen3_xml": "qwen3_coder", "llama3_json": "llama", "pythonic": "llama"}
+# What tells a format.
+_TAGS = {"mistral": "[TOOL_CALLS]", "hermes": "<tool_call>", "llama": "<|python_tag|>"}
 
 
 def named_format(name: str, template: str = "") -> Format:
@@ -45,13 +47,13 @@ def detected_format(template: str, vocabulary: Container[str]) -> Format | None:
     """The format that a chat template writes, or that the vocabulary has tags for; None where neither tells."""
     if "<tool_call>\n<function=" in template or "<tool_call>\\n<function=" in template:
         return Qwen3Coder()
-    for name, tag in (("mistral", "[TOOL_CALLS]"), ("hermes", "<tool_call>"), ("llama", "<|python_tag|>")):
+    for name, tag in _TAGS.items():
         if tag in template:
             return named_format(name, template)
     # Llama 3.2's template for its small models names no tag.
     if '"parameters": dictionary' in template:
         return Llama()
-    for name, tag in (("mistral", "[TOOL_CALLS]"), ("hermes", "<tool_call>"), ("llama", "<|python_tag|>")):
+    for name, tag in _TAGS.items():
         if tag in vocabulary:
             return named_format(name, " ".join(tag for tag in ("[ARGS]", "[CALL_ID]") if tag in vocabulary))
     return None

@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 
 from gfxlm.server.incremental import Malformed, Nesting, Source, Wait
-from gfxlm.server.tools.tool import CallArguments, CallBegin, CallEnd, ToolEvent
+from gfxlm.server.tools.tool import CallArguments, CallBegin, CallEnd, Reading
 
 _ARGUMENTS = ("arguments", "parameters")
 _ALSO = ("type", "id")  # members that say nothing new
 _END_OR_ESCAPE = re.compile(r'["\\]')
-
-Reading = Generator[ToolEvent | None, None, None]
 
 
 def json_call(source: Source, names: Collection[str] | None = None) -> Reading:

@@ -6,9 +6,20 @@ from collections.abc import Generator, Mapping, Sequence
 
 from gfxlm.server.incremental import Malformed, Source
 from gfxlm.server.tools.grammar import Symbol, any_of
-from gfxlm.server.tools.json_call import Reading, json_call
+from gfxlm.server.tools.json_call import json_call
 from gfxlm.server.tools.qwen import json_body
-from gfxlm.server.tools.tool import CallArguments, CallBegin, CallEnd, Parse, Tool, ToolEvent, content, given_back, line
+from gfxlm.server.tools.tool import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Parse,
+    Reading,
+    Tool,
+    ToolEvent,
+    content,
+    given_back,
+    line,
+)
 
 _TAG = "<|python_tag|>"
 _FIRST_CALL = re.compile(r"\[\s*([A-Za-z_][\w.]*)\s*\(")

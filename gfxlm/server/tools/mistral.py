@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from gfxlm.server.incremental import Malformed, Source
 from gfxlm.server.tools.grammar import Symbol, any_of, json_of, literal, repeated
-from gfxlm.server.tools.json_call import Reading, json_call, streamed_object
+from gfxlm.server.tools.json_call import json_call, streamed_object
 from gfxlm.server.tools.qwen import json_body
-from gfxlm.server.tools.tool import CallBegin, CallEnd, Parse, Tool, content, given_back
+from gfxlm.server.tools.tool import CallBegin, CallEnd, Parse, Reading, Tool, content_and_calls
 
 _OPEN, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _NAME = re.compile(r"[\w.:/-]{1,256}\s*")
@@ -24,18 +24,7 @@ class Mistral:
 
     def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
         """Content and calls."""
-        called = False
-        while (yield from content(source, (_OPEN,))):
-            try:
-                yield from source.skip_space()
-                yield from source.expect(_OPEN)
-                yield from _calls(source)
-                called = True
-            except Malformed:
-                yield from given_back(source)
-        if not called:
-            source.position = len(source.text)
-            yield from given_back(source)
+        return content_and_calls(source, (_OPEN,), lambda _: _calls(source))
 
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """The rule `rest`: all that may follow the trigger."""
@@ -49,6 +38,8 @@ class Mistral:
 
 
 def _calls(source: Source) -> Reading:
+    yield from source.skip_space()
+    yield from source.expect(_OPEN)
     first = yield from source.skip_space()
     if first == "{":
         yield from json_call(source)

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from gfxlm.server.incremental import Malformed, Source
+from gfxlm.server.incremental import Source
 from gfxlm.server.tools.grammar import Symbol, any_of, json_of, literal, repeated
-from gfxlm.server.tools.json_call import Reading, json_call
-from gfxlm.server.tools.tool import Parse, Tool, content, given_back
+from gfxlm.server.tools.json_call import json_call
+from gfxlm.server.tools.tool import Parse, Reading, Tool, content_and_calls
 from gfxlm.server.tools.xml_call import FUNCTION, xml_call, xml_rules
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -20,16 +20,7 @@ class Hermes:
 
     def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
         """Content and calls. Calls may have either form, as models mix them up."""
-        called = False
-        while tag := (yield from content(source, self._begins)):
-            try:
-                yield from _call(source, tools, tag)
-                called = True
-            except Malformed:
-                yield from given_back(source)
-        if not called:
-            source.position = len(source.text)
-            yield from given_back(source)
+        return content_and_calls(source, self._begins, lambda tag: _call(source, tools, tag))
 
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """The rule `rest`: all that may follow the trigger."""

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gfxlm.server.incremental import Source
+from gfxlm.server.incremental import Malformed, Source
 
 Schema = Mapping[str, Any]
 
@@ -86,6 +86,7 @@ class CallEnd:
 
 ToolEvent = Content | CallBegin | CallArguments | CallEnd
 Parse = Iterator[ToolEvent | None]
+Reading = Generator[ToolEvent | None, None, None]
 
 
 def on_one_line(schema: Schema) -> dict[str, Any]:
@@ -149,6 +150,23 @@ def content(source: Source, tags: Sequence[str]) -> Generator[ToolEvent | None, 
         except StopIteration as end:
             return str(end.value)
         yield None if text is None else Content(text)
+
+
+def content_and_calls(source: Source, tags: Sequence[str], read: Callable[[str], Reading]) -> Parse:
+    """Content, and what `read` makes of each tag that comes; where it raises Malformed, that is content, too.
+
+    White space around calls belongs to neither.
+    """
+    called = False
+    while tag := (yield from content(source, tags)):
+        try:
+            yield from read(tag)
+            called = True
+        except Malformed:
+            yield from given_back(source)
+    if not called:
+        source.position = len(source.text)
+        yield from given_back(source)
 
 
 def given_back(source: Source) -> Iterator[Content]:

@@ -9,6 +9,7 @@ from gfxlm.server.tools.tool import (
     CallArguments,
     CallBegin,
     CallEnd,
+    Reading,
     Schema,
     Tool,
     ToolEvent,
@@ -21,8 +22,6 @@ from gfxlm.server.tools.tool import (
 FUNCTION, PARAMETER = "<function=", "<parameter="
 END_FUNCTION, END_PARAMETER = "</function>", "</parameter>"
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
-
-Reading = Generator[ToolEvent | None, None, None]
 
 
 def xml_call(source: Source, tools: Mapping[str, Tool]) -> Reading:
