@@ -60,7 +60,9 @@ class ChatMessage(Body):
     reasoning: str | None = Field(None, description="The same by another name.")
 
     def message(self, i: int) -> Message:
-        """As chat templates want it."""
+        """As chat templates want it. ApiError 400 for one that says nothing, unless it calls tools."""
+        if self.content is None and self.role != "assistant":
+            raise invalid(f"messages[{i}].content: is missing", param=f"messages[{i}].content")
         message: Message = {"role": self.role, "content": parts.text_of(self.content, f"messages[{i}].content")}
         if self.tool_calls:
             message["tool_calls"] = [
@@ -153,6 +155,7 @@ class ChatBody(SamplingFields, StructureFields):
             tools=[tool.tool(i) for i, tool in enumerate(self.tools or ())],
             choice=self._choice(),
             structure=self.structure(),
+            structured_by=self.structured_by(),
         )
 
     def _options(self, settings: Settings) -> ChatOptions:

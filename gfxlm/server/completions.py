@@ -74,7 +74,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     if len(prompts) * body.n > (most := min(MOST_TEXTS, settings.capacity)):
         raise invalid(f"{len(prompts)} prompts, {body.n} texts each: at most {most} in all", param="n")
     params = body.params(worker, settings, top_logprobs=body.logprobs, grammar=body.structure())
-    await worker.check(params.grammar)
+    await worker.check(params.grammar, param=body.structured_by())
     started = [one for prompt in prompts for one in body.start(worker, settings, prompt, params, body.n)]
     answer = _Answer(body, worker, started)
     headers = ignored_header(body)

@@ -113,6 +113,7 @@ class CountBody(Body):
             tools=[tool.tool(i) for i, tool in enumerate(self.tools or ())],
             choice=self._choice(),
             structure=None if form is None else Grammar("json_schema", json.dumps(form.schema_)),
+            structured_by="output_config",
         )
 
     def _choice(self) -> ToolChoice:

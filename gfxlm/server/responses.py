@@ -136,6 +136,7 @@ class ResponsesBody(SamplingFields):
             tools=[tool.tool(i) for i, tool in enumerate(self.tools or ())],
             choice=self._choice(),
             structure=None if given is None else given.grammar("text"),
+            structured_by="text",
         )
 
     def _check(self) -> None:

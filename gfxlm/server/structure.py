@@ -75,12 +75,16 @@ class StructureFields(Body):
     json_schema: Schema | None = Field(None, description="llama.cpp's response_format.")
     grammar: str | None = Field(None, description="In GBNF, as llama.cpp has it, or in Lark.")
 
-    def structure(self) -> Grammar | None:
-        """What the text has to look like. ApiError 400 for what cannot be."""
-        fields = ("response_format", "structured_outputs", "json_schema", "grammar")
-        given = [name for name in fields if getattr(self, name) is not None]
+    def structured_by(self) -> str | None:
+        """The one of these fields that was sent. ApiError 400 for several."""
+        given = [name for name in StructureFields.model_fields if getattr(self, name) is not None]
         if len(given) > 1:
             raise invalid(f"{given[1]}: does not go together with {given[0]}", param=given[1])
+        return given[0] if given else None
+
+    def structure(self) -> Grammar | None:
+        """What the text has to look like. ApiError 400 for what cannot be."""
+        self.structured_by()
         if self.response_format is not None:
             return self.response_format.grammar()
         if self.structured_outputs is not None:

@@ -37,13 +37,14 @@ class ToolChoice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """What a request wants, whatever its dialect. `structure` is a grammar for the answer itself."""
+    """What a request wants, whatever its dialect. `structure` is a grammar for the answer, from the `structured_by`."""
 
     messages: Sequence[Message]
     options: ChatOptions
     tools: Sequence[Tool] = ()
     choice: ToolChoice = field(default_factory=ToolChoice)
     structure: Grammar | None = None
+    structured_by: str | None = None
 
     def __post_init__(self) -> None:
         names: set[str] = set()
@@ -140,7 +141,7 @@ def _prepared(worker: Worker, settings: Settings, ask: Ask) -> tuple[Prompt, Gra
 async def _check(worker: Worker, ask: Ask, grammar: Grammar | None) -> None:
     """Compile the grammar. ApiError 400 names the tool whose schema is to blame, if one is."""
     try:
-        await worker.check(grammar)
+        await worker.check(grammar, param=ask.structured_by)
     except ApiError:
         for tool in ask.offered:
             try:

@@ -123,14 +123,14 @@ class Worker:
         self._check_open()  # or else nobody may be there who would take it
         return generation
 
-    async def check(self, grammar: "Grammar | None") -> None:
-        """Compile a grammar, not in the engine's thread, since some take a while. Raises ApiError 400 for a bad one."""
+    async def check(self, grammar: "Grammar | None", *, param: str | None = None) -> None:
+        """Compile a grammar, not in the engine's thread, since some take a while. ApiError 400, of `param`, if bad."""
         if grammar is None or self._grammars is None:
             return
         try:
             await asyncio.to_thread(self._grammars.matcher, grammar)
         except UserError as error:
-            raise invalid(str(error), param="grammar") from error
+            raise invalid(str(error), param=param) from error
 
     async def embed(self, prompts: Sequence[Sequence[int]], *, pooling: Pooling) -> Vectors:
         """A vector of length 1 for each prompt. Raises ApiError as `generate` does."""

@@ -12,9 +12,9 @@ from gfxlm.engine.request import Request
 from gfxlm.errors import UserError
 from gfxlm.models.base import CausalLM
 
-BATCH = 8
+BATCH = 32
 PROMPT = [(3 * i * i + 5) % 199 for i in range(70)]
-COMPANY = [(5, 4), (90, 30), (1, 9), (33, 1), (64, 16), (2, 40), (47, 3), (20, 20), (128, 5)]
+COMPANY = 4 * [(5, 4), (90, 30), (1, 9), (33, 1), (64, 16), (2, 40), (47, 3), (20, 20), (128, 5)]
 
 
 class Watched:

@@ -310,6 +310,7 @@ def tool_of(parameters: dict[str, Any]) -> dict[str, Any]:
         ({"grammar": "root ::= ("}, "not GBNF"),
         ({"grammar": "x", "json_schema": {}}, "does not go together"),
         ({"tools": [tool_of({"type": "string"})]}, "of type object"),
+        ({"messages": [{"role": "user"}]}, r"messages[0].content: is missing"),
         ({"n": 0}, "n:"),
         ({"chat_template_kwargs": {"self": 1}}, "'self' cannot be set"),
         ({"tools": [tool_of({"properties": [1]})]}, "an object as properties"),

@@ -62,7 +62,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias", "no token"),
         ({"prompt": "a", "stop": [""]}, "stop", "not empty"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", "no schema"),
-        ({"prompt": "a", "structured_outputs": {"regex": "("}}, "grammar", "regex"),
+        ({"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "not supported"),
