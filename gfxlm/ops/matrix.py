@@ -47,5 +47,5 @@ def _padded_linear(x: Tensor, w: Tensor) -> Tensor:
     """`F.linear` of few different numbers of rows: oneDNN keeps half a megabyte for each, and never gives it back."""
     rows = x.shape[:-1].numel()
     step = 1 if rows <= 8 else 8 if rows <= 64 else 64
-    flat = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % step))
+    flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % step))
     return F.linear(flat, w)[:rows].view(*x.shape[:-1], w.shape[0])
