@@ -43,7 +43,7 @@ def make_worker(args: argparse.Namespace, most: int) -> Worker:
             batch_invariant=args.batch_invariant,
         )
 
-    return Worker(args.synthetic or args.model, load_model, make_engine, max_concurrency=most)
+    return Worker(args.synthetic or args.model, load_model, make_engine, capacity=most)
 
 
 async def answer(worker: Worker, prompt: list[int], most: int, sample: Sample, start: float) -> None:

@@ -13,6 +13,8 @@ from gfxlm.cli.options import MODEL_PANEL, KVCacheOptions, ModelOptions, grouped
 from gfxlm.errors import UserError
 
 if TYPE_CHECKING:
+    from gfxlm.server.opening import Opening
+    from gfxlm.server.registry import ModelSpec
     from gfxlm.server.settings import Settings
 
 _HTTP = {"rich_help_panel": "HTTP"}
@@ -88,6 +90,32 @@ class ServedModels(ModelOptions):
         from gfxlm.engine.load import BUILT_IN
 
         return list(self.model or [BUILT_IN])
+
+    def check(self) -> None:
+        """Raise UserError for models or names that do not go together, and for a checkpoint that is missing."""
+        from gfxlm.engine.load import open_checkpoint
+
+        names = self.served_model_name or []
+        if self.synthetic:
+            if self.model or names:
+                raise UserError("--synthetic: is served alone, under its own name; not with --model")
+            return
+        if len(set(self.paths)) < len(self.paths) or len(set(names)) < len(names):
+            raise UserError("--model, --served-model-name: the same one is given twice")
+        if len(names) > len(self.paths):
+            raise UserError(f"--served-model-name: there are {len(names)}, but {len(self.paths)} of --model")
+        if not all(names):
+            raise UserError("--served-model-name: is empty")
+        for path in self.paths:
+            open_checkpoint(path, self.revision)
+
+    def specs(self, opening: "Opening") -> "tuple[list[ModelSpec], int]":
+        """What is served, and how many of them can be in memory at a time."""
+        if self.synthetic:
+            return [opening.synthetic(self.synthetic)], 1
+        residency = opening.residency(self.paths)
+        specs = opening.specs(self.paths, self.served_model_name or [], residency)
+        return specs, 1 if residency is None else len(specs)
 
     def arguments(self) -> dict[str, Any]:
         """What `gfxlm.load` is told besides."""
@@ -265,41 +293,28 @@ def serve(
     """
     foreign.check()
     http.check()
-    if models.synthetic and (models.model or models.served_model_name):
-        raise UserError("--synthetic: is served alone, under its own name; not with --model")
     settings = _settings(http, limits, defaults)
     kv_params = kv.params()
-    names = models.served_model_name or []
-    if len(set(models.paths)) < len(models.paths) or len(set(names)) < len(names):
-        raise UserError("--model, --served-model-name: the same one is given twice")
-    if len(names) > len(models.paths):
-        raise UserError(f"--served-model-name: there are {len(names)}, but {len(models.paths)} of --model")
-    if not all(names):
-        raise UserError("--served-model-name: is empty")
+    models.check()  # what is missing is said before anything listens
 
-    from gfxlm.engine.load import open_checkpoint
     from gfxlm.models.cache import KVOptions
     from gfxlm.server.opening import Opening
     from gfxlm.server.run import run
 
-    for path in () if models.synthetic else models.paths:
-        open_checkpoint(path, models.revision)  # what is missing is said before anything listens
     opening = Opening(
         load=models.arguments(),
         kv=KVOptions(**kv_params),
         max_context=limits.max_context,
         max_concurrency=limits.max_concurrency,
-        max_queue=limits.max_queue,
         prefill_step_size=limits.prefill_step_size,
         prefix_cache=not (limits.no_prefix_cache or kv.max_kv_size),
         batch_invariant=limits.batch_invariant,
     )
-    residency = None if models.synthetic else opening.residency(models.paths)
-    specs = [opening.synthetic(models.synthetic)] if models.synthetic else opening.specs(models.paths, names, residency)
+    specs, resident = models.specs(opening)
     status = run(
         specs,
         settings,
-        resident=1 if residency is None else len(specs),
+        resident=resident,
         host=http.host,
         port=http.port,
         ssl_keyfile=http.ssl_keyfile,

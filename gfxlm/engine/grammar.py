@@ -69,6 +69,8 @@ class Matcher(Protocol):
 class GrammarSource(Protocol):
     """Who compiles grammars for an engine: `Grammars`."""
 
+    def check(self, grammar: Grammar) -> None: ...
+
     def matcher(self, grammar: Grammar) -> Matcher: ...
 
     def masks(self, matchers: Sequence[Any]) -> Tensor: ...
@@ -206,7 +208,7 @@ class Constraints:
             raise UserError("grammar: this engine was made without grammars=Grammars(tokenizer, vocab_size)")
         if self._sampler is None:
             raise UserError("grammar: does not go with a sampler or logits_processors of your own")
-        self._source.matcher(grammar)
+        self._source.check(grammar)
 
     def begin(self, slot: int, grammar: Grammar | None) -> None:
         """A request starts in a slot."""

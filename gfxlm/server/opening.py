@@ -27,7 +27,6 @@ class Opening:
     kv: KVOptions = field(default_factory=KVOptions)
     max_context: int | None = None
     max_concurrency: int = 32
-    max_queue: int = 256
     prefill_step_size: int = 2048
     prefix_cache: bool = True
     batch_invariant: bool = False
@@ -119,7 +118,6 @@ class Opening:
             max_batch=self.max_concurrency,
             max_context=self.max_context,
             prefill_step_size=self.prefill_step_size,
-            max_waiting=self.max_queue,
             grammars=Grammars(tokenizer, model.config.vocab_size),
             prefix_cache=self.prefix_cache,
             batch_invariant=self.batch_invariant,

@@ -200,8 +200,7 @@ class Models:
             name,
             spec.load,
             spec.make_engine,
-            max_concurrency=self._settings.max_concurrency,
-            max_queue=self._settings.max_queue,
+            capacity=self._settings.capacity,
             metrics=None if self._metrics is None else self._metrics.model(name),
         )
         loop = asyncio.get_running_loop()

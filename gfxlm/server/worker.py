@@ -19,7 +19,7 @@ from gfxlm.engine.embedding import Pooling, embedded
 from gfxlm.engine.params import SamplingParams
 from gfxlm.engine.request import check_prompt
 from gfxlm.engine.text import TextStream
-from gfxlm.errors import BusyError, UserError
+from gfxlm.errors import UserError
 from gfxlm.server.embedding_queue import EmbeddingQueue, Vectors
 from gfxlm.server.errors import RETRY_SECONDS, ApiError, busy, invalid
 from gfxlm.server.generation import Generation, Job, Piece
@@ -43,7 +43,7 @@ _FAILURE_SECONDS = 60.0
 class Worker:
     """A model, its tokenizer and its engine, from loading to closing; all of them belong to the worker's thread.
 
-    `load` and `make_engine` are called there. At most `max_queue` requests wait besides those that have a slot.
+    `load` and `make_engine` are called there. At most `capacity` requests run or wait at the same time.
     Attributes of the model are there once `ready` has returned.
     """
 
@@ -60,13 +60,12 @@ class Worker:
         load: "Callable[[], tuple[CausalLM, Tokenizer]]",
         make_engine: "Callable[[CausalLM, Tokenizer], Engine]",
         *,
-        max_concurrency: int = 32,
-        max_queue: int = 256,
+        capacity: int,
         metrics: "ModelMetrics | None" = None,
     ) -> None:
         self.name = name
         self._load, self._make_engine = load, make_engine
-        self._most = max_concurrency + max_queue
+        self._capacity = capacity
         self._metrics = metrics
         self.state: State = "loading"
         self._grammars: GrammarSource | None = None
@@ -112,8 +111,7 @@ class Worker:
         """
         self._check_open()
         self._check_prompt(prompt, "prompt")
-        if self.live >= self._most:
-            raise _busy(self.live)
+        self._check_room()
         job = Job(prompt, params, timeout, TextStream(self.tokenizer, params.stop, min_tokens))
         if self._metrics is not None:
             job.metrics = self._metrics.on_request(len(prompt), params.max_tokens)
@@ -128,7 +126,7 @@ class Worker:
         if grammar is None or self._grammars is None:
             return
         try:
-            await asyncio.to_thread(self._grammars.matcher, grammar)
+            await asyncio.to_thread(self._grammars.check, grammar)
         except UserError as error:
             raise invalid(str(error), param=param) from error
 
@@ -137,8 +135,7 @@ class Worker:
         self._check_open()
         for prompt in prompts:
             self._check_prompt(prompt, "input")
-        if self.live >= self._most:
-            raise _busy(self.live)
+        self._check_room()
         self._submitted += 1
         result: Future[Vectors] = Future()
         self._commands.put(partial(self._embed, prompts, pooling, result))
@@ -162,6 +159,10 @@ class Worker:
             raise ApiError(503, f"the engine of {self.name} has failed; the server's log says why")
         if self.state != "ready":
             raise ApiError(503, f"{self.name} is not loaded; try again", headers={"Retry-After": RETRY_SECONDS})
+
+    def _check_room(self) -> None:
+        if self.live >= self._capacity:
+            raise busy(f"{self.live} requests run or wait already")
 
     def _check_prompt(self, prompt: Sequence[int], param: str) -> None:
         try:
@@ -264,8 +265,6 @@ class Worker:
             return
         try:
             request = self._engine.add(job.prompt, job.params, timeout=job.timeout)
-        except BusyError:
-            self._end(job, _busy(self.live))
         except UserError as error:
             self._end(job, invalid(str(error)))
         except Exception:
@@ -389,10 +388,6 @@ def _failure(request: "Request") -> ApiError:
     if isinstance(request.exception, UserError):
         return invalid(str(request.exception))
     return ApiError(504 if request.timed_out else 500, request.error or "the request failed")
-
-
-def _busy(live: int) -> ApiError:
-    return busy(f"{live} requests run or wait already")
 
 
 def _deliver(items: list[tuple[Job, Piece | ApiError]]) -> None:

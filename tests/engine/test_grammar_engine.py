@@ -276,6 +276,9 @@ class EvenNumbers:
     def __init__(self) -> None:
         self._last = 0
 
+    def check(self, _: Grammar) -> None:
+        pass
+
     def matcher(self, _: Grammar) -> "EvenNumbers":
         return EvenNumbers()
 

@@ -29,7 +29,7 @@ def test_it_is_served_under_its_name(folder: Path) -> None:
     assert spec.name == str(folder)
 
     async def answer() -> tuple[int, str]:
-        worker = Worker(spec.name, spec.load, spec.make_engine, max_concurrency=2)
+        worker = Worker(spec.name, spec.load, spec.make_engine, capacity=2)
         worker.start()
         await worker.ready()
         generation = worker.generate(worker.tokenizer.encode("hello"), SamplingParams(max_tokens=12))

@@ -145,7 +145,7 @@ def test_closing_frees_the_model() -> None:
         return loaded
 
     async def whole() -> None:
-        worker = Worker("builtin", fresh, Opening(max_concurrency=2).make_engine)
+        worker = Worker("builtin", fresh, Opening(max_concurrency=2).make_engine, capacity=2)
         worker.start()
         await worker.ready()
         generation = worker.generate(PROMPT, LONG)

@@ -27,13 +27,16 @@ def run_with(
     test: Callable[[Worker], Awaitable[None]],
     *,
     make_engine: Callable[..., Engine] | None = None,
+    max_concurrency: int = 32,
+    max_queue: int = 256,
     **options: Any,
 ) -> None:
     """Run a test over a worker, and see at its end that nobody is left in the engine."""
 
     async def whole() -> None:
-        opening = Opening(max_concurrency=options.get("max_concurrency", 32))
-        worker = Worker("builtin", lambda: alone(builtin), make_engine or opening.make_engine, **options)
+        opening, capacity = Opening(max_concurrency=max_concurrency), max_concurrency + max_queue
+        make = make_engine or opening.make_engine
+        worker = Worker("builtin", lambda: alone(builtin), make, capacity=capacity, **options)
         worker.start()
         await worker.ready()
         try:
