@@ -61,9 +61,9 @@ def chat(
     speculation.check(kv.max_kv_size)
     config = json_object("--chat-template-config", chat_template_config) if chat_template_config else {}
 
-    from gfxlm.engine.budget import LEAST_CONTEXT, remaining
+    from gfxlm.engine.budget import LEAST_CONTEXT
     from gfxlm.engine.conversation import Conversation
-    from gfxlm.engine.drafters import drafter_for, with_drafts
+    from gfxlm.engine.drafters import drafter_for, remaining_with
     from gfxlm.models.cache import KVOptions, default_context
 
     model, file = prompt_cache.open(model, system_prompt)
@@ -72,8 +72,8 @@ def chat(
     options = sampling.prepare(params, tokenizer) | drafts | {"prefill_step_size": prefill_step_size}
     cache = KVOptions(**kv_params) if file is None else file.sized(KVOptions(**kv_params))
     wanted = max_context or default_context(cache.model_for(lm, 0))
-    budget = remaining(cache.model_for(lm, wanted), prefill_step_size=prefill_step_size)
-    budget = with_drafts(budget, drafter_for(**drafts), prefill_step_size=prefill_step_size)
+    drafter = drafter_for(**drafts)
+    budget = remaining_with(drafter, cache.model_for(lm, wanted), prefill_step_size=prefill_step_size)
     context = budget.fit(wanted, least=LEAST_CONTEXT, exact=max_context is not None)
     conversation = Conversation(
         lm,

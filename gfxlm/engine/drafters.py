@@ -239,14 +239,18 @@ def drafter_for(draft_model: CausalLM | None, num_draft_tokens: int, prompt_look
     return PromptLookup(prompt_lookup_num_tokens) if prompt_lookup_num_tokens else None
 
 
-def with_drafts(budget: Budget, drafter: Drafter | None, *, prefill_step_size: int) -> Budget:
-    """The budget where recurrent states are kept twice, and a draft model that is loaded has caches too."""
+def remaining_with(drafter: Drafter | None, model: CausalLM, *, slots: int = 1, prefill_step_size: int) -> Budget:
+    """What `remaining` says of a model that is loaded, with drafts if there are to be any.
+
+    Then recurrent states are kept twice, and a draft model that is loaded has caches too.
+    """
+    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
     if drafter is None:
         return budget
     budget = replace(budget, state=2 * budget.state)
     if not isinstance(drafter, DraftModel):
         return budget
-    own = remaining(drafter.model, slots=budget.slots, prefill_step_size=prefill_step_size)
+    own = remaining(drafter.model, slots=slots, prefill_step_size=prefill_step_size)
     return replace(
         budget,
         workspace=budget.workspace + own.workspace,
@@ -254,12 +258,6 @@ def with_drafts(budget: Budget, drafter: Drafter | None, *, prefill_step_size: i
         position=budget.position + own.position,
         quantized={bits: position + own.position for bits, position in budget.quantized.items()},
     )
-
-
-def remaining_with(drafter: Drafter | None, model: CausalLM, *, slots: int = 1, prefill_step_size: int) -> Budget:
-    """What `remaining` says of a model that is loaded, with drafts if there are to be any."""
-    budget = remaining(model, slots=slots, prefill_step_size=prefill_step_size)
-    return with_drafts(budget, drafter, prefill_step_size=prefill_step_size)
 
 
 def check_options(draft_model: bool, num_draft_tokens: int, prompt_lookup_num_tokens: int) -> None:

@@ -1,7 +1,5 @@
 """What a model's text says: thinking, an answer, calls of tools."""
 
-import secrets
-import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,8 +7,6 @@ from gfxlm.server.incremental import Incremental
 from gfxlm.server.reasoning import Reasoning, Thinking, split
 from gfxlm.server.tools import Format
 from gfxlm.server.tools.tool import CallArguments, CallBegin, CallEnd, Content, Tool, ToolEvent
-
-_LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +97,11 @@ class OutputParser:
     def _numbered(self, event: ToolEvent) -> Event:
         match event:
             case CallBegin(name):
+                assert self._form is not None
                 self.calls += 1
-                return ToolCall(self.calls - 1, self._call_id(), name)
+                return ToolCall(self.calls - 1, self._form.call_id(), name)
             case CallArguments(text):
                 return ToolArguments(self.calls - 1, text)
             case CallEnd():
                 return ToolCallEnd(self.calls - 1)
         return event
-
-    def _call_id(self) -> str:
-        # Mistral's templates take back nothing but nine letters and digits.
-        if self._form is not None and self._form.name == "mistral":
-            return "".join(secrets.choice(_LETTERS) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"

@@ -10,6 +10,7 @@ from gfxlm.errors import UserError
 from gfxlm.server.errors import invalid
 from gfxlm.server.reasoning import Thinking, think_tags
 from gfxlm.server.tools import Format, detected_format, named_format
+from gfxlm.server.tools.qwen import written_call
 from gfxlm.server.tools.tool import Tool
 from gfxlm.server.vocabulary import Vocabulary
 
@@ -44,9 +45,8 @@ _TOOLS = """You can call these functions, given with the JSON schemas of their a
 {tools}
 
 To call one, answer with nothing but its name and arguments, like this:
-<tool_call>
-{{"name": "...", "arguments": {{...}}}}
-</tool_call>"""
+{example}"""
+_EXAMPLE = '{"name": "...", "arguments": {...}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ def _described(tools: Sequence[Tool], form: Format, messages: list[Message]) -> 
             "the server with --tool-parser hermes",
             param="tools",
         )
-    text = _TOOLS.format(tools="\n".join(json.dumps(tool.openai, ensure_ascii=False) for tool in tools))
+    schemas = "\n".join(json.dumps(tool.openai, ensure_ascii=False) for tool in tools)
+    text = _TOOLS.format(tools=schemas, example=written_call(_EXAMPLE))
     if messages and messages[0]["role"] in ("system", "developer"):
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
@@ -181,6 +182,6 @@ def _without_calls(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
     calls = [{key: call["function"][key] for key in ("name", "arguments")} for call in message["tool_calls"]]
-    texts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+    texts = [written_call(json.dumps(call, ensure_ascii=False)) for call in calls]
     content = "\n".join([message["content"], *texts] if message["content"] else texts)
     return {"role": "assistant", "content": content}

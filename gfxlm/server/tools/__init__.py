@@ -21,6 +21,9 @@ class Format(Protocol):
     def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
         """The parser: content and calls, in the order of the text."""
 
+    def call_id(self) -> str:
+        """A new one, that the model's template takes back."""
+
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """Lark rules, of which `rest` is all that may follow the trigger."""
 

@@ -19,6 +19,7 @@ from gfxlm.server.tools.tool import (
     content,
     given_back,
     line,
+    new_call_id,
 )
 
 _TAG = "<|python_tag|>"
@@ -46,6 +47,10 @@ class Llama:
         if not called:
             source.position = len(source.text)
             yield from given_back(source)
+
+    def call_id(self) -> str:
+        """A new one, as any other."""
+        return new_call_id()
 
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """The rule `rest`: one call, as these models' templates take no more than one back."""

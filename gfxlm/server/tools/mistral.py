@@ -1,6 +1,8 @@
 """Calls after [TOOL_CALLS]: a list of objects, or, in newer models, name[ARGS]{...} for each."""
 
 import re
+import secrets
+import string
 from collections.abc import Mapping, Sequence
 
 from gfxlm.server.incremental import Malformed, Source
@@ -10,6 +12,7 @@ from gfxlm.server.tools.qwen import json_body
 from gfxlm.server.tools.tool import CallBegin, CallEnd, Parse, Reading, Tool, content_and_calls
 
 _OPEN, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_LETTERS = string.ascii_letters + string.digits
 _NAME = re.compile(r"[\w.:/-]{1,256}\s*")
 
 
@@ -25,6 +28,10 @@ class Mistral:
     def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
         """Content and calls."""
         return content_and_calls(source, (_OPEN,), lambda _: _calls(source))
+
+    def call_id(self) -> str:
+        """A new one: the templates take back nothing but nine letters and digits."""
+        return "".join(secrets.choice(_LETTERS) for _ in range(9))
 
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """The rule `rest`: all that may follow the trigger."""

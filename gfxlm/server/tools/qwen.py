@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from gfxlm.server.incremental import Source
 from gfxlm.server.tools.grammar import Symbol, any_of, json_of, literal, repeated
 from gfxlm.server.tools.json_call import json_call
-from gfxlm.server.tools.tool import Parse, Reading, Tool, content_and_calls
+from gfxlm.server.tools.tool import Parse, Reading, Tool, content_and_calls, new_call_id
 from gfxlm.server.tools.xml_call import FUNCTION, xml_call, xml_rules
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -21,6 +21,10 @@ class Hermes:
     def parse(self, source: Source, tools: Mapping[str, Tool]) -> Parse:
         """Content and calls. Calls may have either form, as models mix them up."""
         return content_and_calls(source, self._begins, lambda tag: _call(source, tools, tag))
+
+    def call_id(self) -> str:
+        """A new one, as any other."""
+        return new_call_id()
 
     def rules(self, tools: Sequence[Tool], symbol: Symbol, *, parallel: bool) -> str:
         """The rule `rest`: all that may follow the trigger."""
@@ -45,6 +49,11 @@ class Qwen3Coder(Hermes):
 
     def _bodies(self, tools: Sequence[Tool]) -> str:
         return xml_rules("body", tools)
+
+
+def written_call(body: str) -> str:
+    """A call as Hermes' models write it, of an object with name and arguments as JSON."""
+    return f"{_OPEN}\n{body}\n{_CLOSE}"
 
 
 def json_body(tool: Tool, arguments: str) -> str:

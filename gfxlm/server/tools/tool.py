@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,11 @@ def _resolved(reference: str, root: Schema) -> Schema:
 def _type_of(value: object) -> str:
     names = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", list: "array"}
     return names.get(type(value), "object")
+
+
+def new_call_id() -> str:
+    """What tells a call from others, in OpenAI's manner."""
+    return f"call_{secrets.token_hex(12)}"
 
 
 def content(source: Source, tags: Sequence[str]) -> Generator[ToolEvent | None, None, str]:
